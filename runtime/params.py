@@ -4,6 +4,7 @@ Field names are those of the HTTP API, so a message that names a field names the
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from typing import Any
@@ -176,13 +177,19 @@ class SamplingParams:
             for name, off in (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
                 put(self, name, off)
         elif self.temperature < LOWEST_TEMPERATURE:
-            log.warning("temperature %g is raised to %g", self.temperature, LOWEST_TEMPERATURE)
+            _say_raised()
             put(self, "temperature", LOWEST_TEMPERATURE)
         put(self, "top_k", max(self.top_k, 0))
         put(self, "seed", None if self.seed == -1 else self.seed)
         if self.logit_bias is not None:
             bias = {int(i): min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, float(b))) for i, b in self.logit_bias.items()}
             put(self, "logit_bias", bias)
+
+
+@functools.cache
+def _say_raised() -> None:
+    """Once a process: whoever asks so asks with every request."""
+    log.warning("a temperature between 0 and %g is raised to %g", LOWEST_TEMPERATURE, LOWEST_TEMPERATURE)
 
 
 def _refuse(param: str, message: str):

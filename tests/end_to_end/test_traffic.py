@@ -8,39 +8,8 @@ import random
 import httpx
 import jsonschema
 import openai
-import pytest
-import tiny
-from live_server import LiveServer
-
-from openai_api.config import ServerConfig
-from runtime.async_engine import AsyncEngine
-from runtime.config import EngineConfig
 
 NUM_CLIENTS = 64
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tiny.make_checkpoint("llama", tmp_path_factory.mktemp("model"))
-    config = EngineConfig(
-        model=str(folder),
-        dtype="float32",
-        max_num_seqs=16,
-        max_num_batched_tokens=64,
-        block_size=4,
-        num_gpu_blocks_override=400,
-        cache_dir="",
-    )
-    engine = AsyncEngine.start(config)
-    live = LiveServer(engine, ServerConfig(served_names=["tiny"]))
-    live.call(attach(engine))
-    yield live
-    live.close()
-    engine.stop()
-
-
-async def attach(engine):
-    engine.attach(asyncio.get_running_loop())
 
 
 @contextlib.asynccontextmanager

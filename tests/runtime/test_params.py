@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from runtime import params
 from runtime.errors import RequestRefused
 from runtime.params import SamplingParams
 
@@ -59,9 +60,11 @@ def test_greedy_switches_the_filters_off():
     assert params.is_greedy and (params.temperature, params.top_p, params.top_k, params.min_p) == (0.0, 1.0, 0, 0.0)
 
 
-def test_a_tiny_temperature_is_raised_and_said(caplog):
-    assert SamplingParams(temperature=0.001).temperature == 0.01
-    assert "raised to 0.01" in caplog.text
+def test_a_tiny_temperature_is_raised_and_said_once(caplog):
+    params._say_raised.cache_clear()
+    for _ in range(3):
+        assert SamplingParams(temperature=0.001).temperature == 0.01
+    assert caplog.text.count("raised to 0.01") == 1
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class Choice:
 
     def __init__(self):
         self.texts: list[str] = []
-        self.num_chars = 0
+        self.next_offset = 0  # of the next token's text among those of all tokens shown
         self.token_ids: list[int] = []
         self.logprobs: list = []
         self.finish_reason: str | None = None
@@ -213,7 +213,7 @@ class CompletionFormat:
 
     def _chunk(self, index, choice, output):
         body, state = self.body, self.prompts[index // self.n]
-        is_first, offset = not choice.texts, choice.num_chars
+        is_first = not choice.texts
         choice.add(output)
         text, token_ids, entries = output.text, output.token_ids, output.logprobs or []
         if body.hides_text:
@@ -221,12 +221,14 @@ class CompletionFormat:
         shows_prompt = is_first and bool(body.echo)
         if shows_prompt:
             text = self._prompt_text(state) + text
-        choice.num_chars += len(text)
-        wants_logprobs = body.logprobs is not None
+        logprobs = None
+        if body.logprobs is not None:
+            logprobs = self._logprobs(state, token_ids, entries, choice.next_offset, shows_prompt)
+            choice.next_offset += sum(map(len, logprobs["tokens"]))
         part = {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(state, token_ids, entries, offset, shows_prompt) if wants_logprobs else None,
+            "logprobs": logprobs,
             "finish_reason": output.finish_reason,
             "stop_reason": output.stop_reason,
             "prompt_token_ids": state.prompt.token_ids if is_first and body.return_token_ids else None,

@@ -1,10 +1,11 @@
 """The fields that completions and chat share, and how they become SamplingParams."""
 
+import functools
 import json
 import logging
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
@@ -141,7 +142,7 @@ class SamplingFields(Body):
             raise RequestRefused(NO_PROCESSORS, "logits_processors")
         for name in ("kv_transfer_params", "vllm_xargs"):
             if getattr(self, name):
-                log.warning("%s is ignored: nothing is set up that would read it", name)
+                _say_unused(name)
         if n > limits.max_n:
             raise RequestRefused(f"n must be at most {limits.max_n}, got {n}.", "n")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -214,4 +215,7 @@ class SamplingFields(Body):
             raise RequestRefused(message, "logit_bias") from None
 
 
-ToolChoiceName = Literal["none", "auto", "required"]
+@functools.cache
+def _say_unused(name: str) -> None:
+    """Once a process: whoever sends such a field sends it with every request."""
+    log.warning("%s is ignored: nothing is set up that would read it", name)
