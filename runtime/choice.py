@@ -115,7 +115,7 @@ class Choice:
         finish, stop = gain.finish_reason, gain.stop_reason
         text = ""
         if self._detokenizer is not None:
-            end = None if finish is None else "token" if finish == "stop" else "length"
+            end = None if finish is None else "token" if finish == "stop" and self._is_end(token_ids[-1]) else "length"
             before = self._detokenizer.num_tokens
             text, stop_string = self._detokenizer.push(token_ids, end)
             if stop_string is not None:
@@ -131,3 +131,7 @@ class Choice:
             output.num_cached_tokens = self.sequence.num_cached_tokens
         self.is_over = finish is not None
         return output
+
+    def _is_end(self, token_id: int) -> bool:
+        """Whether a token that ended the choice says no more than that; under a grammar the last one may be text."""
+        return token_id in self.stop_ids or (self.matcher is not None and self.matcher.is_end(token_id))

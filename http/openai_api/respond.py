@@ -18,6 +18,8 @@ from runtime.errors import DeadlinePassed
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 COMMENT = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+# Characters that end a line for Python's str.splitlines, and so for clients that read events with httpx's iter_lines.
+LINE_ENDS = {"\u0085".encode(): b"\\u0085", "\u2028".encode(): b"\\u2028", "\u2029".encode(): b"\\u2029"}
 
 
 def whole_json(body: object, status: int = 200) -> HTTPResponse:
@@ -25,8 +27,12 @@ def whole_json(body: object, status: int = 200) -> HTTPResponse:
 
 
 def event(body: object) -> bytes:
-    """One server-sent event."""
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+    """One server-sent event: one line, however its reader splits lines."""
+    data = orjson.dumps(body)
+    if b"\x85" in data or b"\xe2\x80" in data:
+        for character, escape in LINE_ENDS.items():
+            data = data.replace(character, escape)
+    return b"data: " + data + b"\n\n"
 
 
 async def whole(request: Request, answer: Awaitable[dict]) -> HTTPResponse:

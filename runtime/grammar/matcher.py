@@ -125,6 +125,10 @@ class Matcher:
         """The text matches as it stands."""
         return self.is_active and self.error is None and self._parser.is_accepting()
 
+    def is_end(self, token_id: int) -> bool:
+        """Whether this token ends a reply and is no part of its text."""
+        return token_id in self._vocabulary.eos_token_ids
+
     def fill_mask(self, mask_W: np.ndarray) -> None:
         """Writes the tokens that may come next: bit i of word w is token 32 * w + i.
 

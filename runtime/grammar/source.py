@@ -6,6 +6,7 @@ Source: the Lark dialect of llguidance, docs/syntax.md of that project.
 """
 
 import json
+import re
 from typing import Any
 
 from llguidance import LLMatcher
@@ -15,6 +16,16 @@ from runtime.grammar.gbnf import check_brackets, gbnf_to_lark, is_gbnf
 
 # Bounded: under a mask, a weak model may otherwise write blanks until its tokens run out.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+
+ESCAPE = re.compile(r"\\.", re.DOTALL)
+# A letter that a newer Unicode added is none for a Python that has not heard of it; 3.11 has Unicode 14.
+PYTHON_CLASSES = {
+    r"\d": r"[\d&&\p{age=14.0}]",
+    r"\w": r"[[_\p{L}\p{N}]&&\p{age=14.0}]",
+    r"\W": r"[^_\p{L}\p{N}]",
+    r"\s": r"[\s\x1c-\x1f]",
+    r"\S": r"[^\s\x1c-\x1f]",
+}
 
 
 def compile_source(constraint: Constraint, special_tokens: frozenset[str] = frozenset()) -> str:
@@ -31,7 +42,7 @@ def compile_source(constraint: Constraint, special_tokens: frozenset[str] = froz
         case "json":
             return LLMatcher.grammar_from_json_schema(constraint.source, None, _json_options(constraint))
         case "regex":
-            return LLMatcher.grammar_from_regex(constraint.source)
+            return LLMatcher.grammar_from_regex(as_python_reads(constraint.source))
         case "choice":
             options = " | ".join(literal(option) for option in dict.fromkeys(json.loads(constraint.source)))
             return LLMatcher.grammar_from_lark(f"start: {options}")
@@ -41,6 +52,15 @@ def compile_source(constraint: Constraint, special_tokens: frozenset[str] = froz
             return LLMatcher.grammar_from_lark(text)
         case _:
             return LLMatcher.grammar_from_lark(_tags_to_lark(json.loads(constraint.source), special_tokens))
+
+
+def as_python_reads(pattern: str) -> str:
+    """A regex whose letters, digits and blanks are those of Python's re, with which outputs are checked.
+
+    The library's \\w also holds marks that only change the letter before them, and its \\S four separators that
+    Python counts as blanks.
+    """
+    return ESCAPE.sub(lambda found: PYTHON_CLASSES.get(found[0], found[0]), pattern)
 
 
 def literal(text: str) -> str:

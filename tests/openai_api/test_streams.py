@@ -56,6 +56,14 @@ def test_who_leaves_is_aborted(serve, body, begun):
     assert not server.app.ctx.streams
 
 
+def test_an_event_is_one_line_for_every_reader_of_lines(serve):
+    script = "a\u0085b\u2028c\u2029d\x1ee\r\n–"
+    with serve(script).client.stream("POST", PATH, json={"prompt": "a", "max_tokens": 99, "stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line]  # str.splitlines: it knows ten ends of a line
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == script
+
+
 def test_the_others_are_aborted_when_one_prompt_fails(serve):
     server = serve(step_s=0.005)
 

@@ -25,6 +25,9 @@ def compiled(**structured_outputs):
     [
         ({"regex": "[ab]c+"}, ["ac", "bccc"], ["a", "cc", "acd"]),
         ({"regex": r"(?:\d{2}|x*)é?"}, ["12", "xxé", ""], ["1", "12x"]),
+        ({"regex": r"\w[\w-][^\w]\\w"}, ["a_\u0301\\w", "é-.\\w"], ["a\u0301.\\w", "ab_\\w"]),
+        ({"regex": r"\w\d"}, ["a٣", "日0"], ["\U00010d41\U00010d41", "0\U00010d41"]),  # a digit since Unicode 16
+        ({"regex": r"\s\S[^\s]?"}, ["\x1cab", " é"], [" \x1c", " a\x1f"]),
         ({"choice": ["yes", "no", 'a"b\n', "", "é"]}, ["yes", "no", 'a"b\n', "", "é"], ["y", "yesno"]),
         ({"json_object": True}, ["{}", '{"a": [1, {"b": null}]}', '{ "é":"\\n"}'], ["[]", "{", '{"a":}']),
         ({"json": {"type": "integer", "minimum": 3, "maximum": 12}}, ["3", "12", "9"], ["2", "13", "3.5"]),
