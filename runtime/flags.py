@@ -78,7 +78,7 @@ SECURITY = (
         "let requests bring their own chat template.",
         to="server.trust_request_chat_template",
     ),
-    Flag("disable-fastapi-docs", "switch", "no documentation pages.", unused="there are no documentation pages"),
+    Flag("disable-fastapi-docs", "switch", "no /docs, /redoc and /openapi.json.", to="server.disable_docs"),
 )
 
 API = (

@@ -19,6 +19,7 @@ SECTIONS = ("start", "fetch", "engine", "server")
 ENVIRONMENT = {
     "VLLM_API_KEY": ("server.api_keys", lambda text: [text]),
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": ("server.keep_alive_s", float),
+    "VLLM_SERVER_DEV_MODE": ("server.dev_mode", lambda text: text == "1"),
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": ("start.keep_alive_on_engine_death", lambda text: text == "1"),
     "VLLM_LOGGING_LEVEL": ("start.log_level", str),
     "HF_TOKEN": ("fetch.token", str),

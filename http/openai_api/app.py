@@ -12,7 +12,18 @@ from openai_api.chat_rendering import ChatRenderer
 from openai_api.config import ServerConfig
 from openai_api.gate import Gate, watch_writers
 from openai_api.readers import check_parsers
-from openai_api.routes import chat, completions, health, metrics, models, tokenize
+from openai_api.routes import (
+    chat,
+    completions,
+    developer,
+    docs,
+    health,
+    invocations,
+    metrics,
+    models,
+    tokenize,
+    unsupported,
+)
 from openai_api.served import ServedModels
 from openai_api.transport import Server
 from runtime.metrics import Exposition, HttpMetrics
@@ -24,6 +35,8 @@ BLUEPRINTS = (
     models.blueprint,
     health.blueprint,
     metrics.blueprint,
+    invocations.blueprint,
+    unsupported.blueprint,
 )
 _numbers = itertools.count()  # Sanic wants a name of its own for each app of a process
 NEVER_S = 7 * 24 * 3600.0  # Sanic's own timers count silence; deadlines are ours
@@ -66,7 +79,7 @@ def create_app(engine, config: ServerConfig) -> Sanic:
     context.gate.attach(app)
     app.error_handler.add(Exception, errors.handle)
     app.error_handler.add(RequestCancelled, errors.handle)
-    blueprints = [*BLUEPRINTS, tokenize.info] if config.enable_tokenizer_info_endpoint else BLUEPRINTS
+    blueprints = [*BLUEPRINTS, *_asked_for(config)]
     root = config.root_path.rstrip("/")
     for blueprint in blueprints:
         app.blueprint(blueprint)
@@ -74,6 +87,16 @@ def create_app(engine, config: ServerConfig) -> Sanic:
             app.blueprint(blueprint, url_prefix=root + (blueprint.url_prefix or ""), name_prefix="below_root")
     _add_background(app, limits.stalled_writer_s)
     return app
+
+
+def _asked_for(config):
+    """The routes that flags and the environment switch on and off."""
+    if config.enable_tokenizer_info_endpoint:
+        yield tokenize.info
+    if config.dev_mode:
+        yield developer.blueprint
+    if not config.disable_docs:
+        yield docs.blueprint
 
 
 def _add_background(app, stalled_writer_s):

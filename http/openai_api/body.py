@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import math
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import pydantic
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 Other = TypeVar("Other", bound=pydantic.BaseModel)
+Result = TypeVar("Result")
+INLINE_BYTES = 65_536  # a smaller body is read faster than a thread is reached
 NOT_JSON = "Unsupported Media Type: Only 'application/json' is allowed"
 MAX_WARNED = 100
 _warned: set[str] = set()
@@ -33,17 +36,37 @@ async def read_json(request: Request, model: type[Model], otherwise: type[Other]
         InvalidBody: it is not JSON, or not what the model takes.
         Refused: it is too large or too slow.
     """
+
+    def understand(value):
+        is_other = otherwise is not None and "messages" in value and "prompt" not in value
+        return validated(otherwise if is_other else model, value)
+
+    return await read_as(request, understand)
+
+
+async def read_as(request: Request, understand: Callable[[dict], Result]) -> Result:
+    """The body as `understand` takes its JSON object. A large one is read beside the event loop.
+
+    Raises:
+        InvalidBody: it is not a JSON object.
+        Refused: it is too large or too slow.
+    """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if kind != "application/json":
         raise InvalidBody.of("value_error", NOT_JSON)
     limits: Limits = request.app.ctx.config.limits
-    value = parse(await read(request, limits), limits)
-    if otherwise is not None and "messages" in value and "prompt" not in value:
-        return _validated(otherwise, value)
-    return _validated(model, value)
+    body = await read(request, limits)
+    if len(body) <= INLINE_BYTES:
+        return understand(parse(body, limits))
+    return await asyncio.to_thread(lambda: understand(parse(body, limits)))
 
 
-def _validated(model: type[Model], value: dict) -> Model:
+def validated(model: type[Model], value: dict) -> Model:
+    """The object as this model; unknown fields are said once.
+
+    Raises:
+        pydantic.ValidationError: it is not what the model takes.
+    """
     if unknown := value.keys() - model.model_fields.keys() - _warned:
         warn_unknown(unknown)
     return model.model_validate(value)

@@ -57,6 +57,7 @@ class ServerConfig:
     enable_server_load_tracking: bool = False
     enable_tokenizer_info_endpoint: bool = False
     dev_mode: bool = False
+    disable_docs: bool = False
 
     chat_template: str | None = None
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"

@@ -55,6 +55,7 @@ class FakeEngine:
         self.num_cached_tokens = 0
         self.seen: list[tuple[Prompt, SamplingParams, str, int]] = []
         self.aborted: list[str] = []
+        self.num_resets = 0
         self.gate = asyncio.Event()
         self.gate.set()
         self.failure: Exception | None = None
@@ -94,6 +95,9 @@ class FakeEngine:
             self.num_in_flight -= 1
             if not is_over:
                 self.aborted.append(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

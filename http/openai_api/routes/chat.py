@@ -6,9 +6,11 @@ from openai_api import generation, request_log
 from openai_api.body import read_json
 from openai_api.constraints import constraint_of
 from openai_api.gate import counted, request_id
+from openai_api.operations import operation
 from openai_api.prompts import chat_prompt, room_for
 from openai_api.readers import Readers
 from openai_api.respond import stream, whole
+from openai_api.schema.answers import ChatCompletion, ChatCompletionChunk
 from openai_api.schema.chat import ChatRequest
 from openai_api.schema.chat_answers import ChatFormat
 
@@ -16,9 +18,14 @@ blueprint = Blueprint("chat", url_prefix="/v1")
 
 
 @blueprint.post("/chat/completions", stream=True)
+@operation("The next message of a conversation", ChatRequest, answer=ChatCompletion, event=ChatCompletionChunk)
 @counted
 async def create(request: Request):
-    body = await read_json(request, ChatRequest)
+    return await answer(request, await read_json(request, ChatRequest))
+
+
+async def answer(request: Request, body: ChatRequest):
+    """The whole answer, or None once a stream has been sent."""
     context = request.app.ctx
     engine, config = context.engine, context.config
     model, adapter = context.models.find(body.model)

@@ -6,17 +6,24 @@ from openai_api import generation, request_log
 from openai_api.body import read_json
 from openai_api.constraints import constraint_of
 from openai_api.gate import counted, request_id
+from openai_api.operations import operation
 from openai_api.prompts import completion_prompt, room_for
 from openai_api.respond import stream, whole
+from openai_api.schema.answers import Completion, CompletionChunk
 from openai_api.schema.completions import CompletionFormat, CompletionRequest
 
 blueprint = Blueprint("completions", url_prefix="/v1")
 
 
 @blueprint.post("/completions", stream=True)
+@operation("What follows a text", CompletionRequest, answer=Completion, event=CompletionChunk)
 @counted
 async def create(request: Request):
-    body = await read_json(request, CompletionRequest)
+    return await answer(request, await read_json(request, CompletionRequest))
+
+
+async def answer(request: Request, body: CompletionRequest):
+    """The whole answer, or None once a stream has been sent."""
     context = request.app.ctx
     engine, config = context.engine, context.config
     model, adapter = context.models.find(body.model)

@@ -7,8 +7,10 @@ from sanic import Blueprint, HTTPResponse, Request
 from openai_api.body import read_json
 from openai_api.errors import Refused
 from openai_api.gate import counted
+from openai_api.operations import operation
 from openai_api.prompts import encode
 from openai_api.respond import whole_json
+from openai_api.schema.answers import Detokenized, TokenizerInfo, Tokens
 from openai_api.schema.tokenize import DetokenizeRequest, TokenizeChat, TokenizeText
 from runtime.chat.messages import UnknownPart
 from runtime.errors import RequestRefused
@@ -18,6 +20,7 @@ info = Blueprint("tokenizer_info")
 
 
 @blueprint.post("/tokenize", stream=True)
+@operation("Token ids of a text, or of a conversation", TokenizeText, TokenizeChat, answer=Tokens)
 @counted
 async def tokenize(request: Request) -> HTTPResponse:
     body = await read_json(request, TokenizeText, TokenizeChat)
@@ -39,6 +42,7 @@ async def tokenize(request: Request) -> HTTPResponse:
 
 
 @blueprint.post("/detokenize", stream=True)
+@operation("The text of token ids", DetokenizeRequest, answer=Detokenized)
 @counted
 async def detokenize(request: Request) -> HTTPResponse:
     body = await read_json(request, DetokenizeRequest)
@@ -51,6 +55,7 @@ async def detokenize(request: Request) -> HTTPResponse:
 
 
 @info.get("/tokenizer_info", stream=True)
+@operation("Settings of the tokenizer", answer=TokenizerInfo)
 @counted
 async def tokenizer_info(request: Request) -> HTTPResponse:
     context = request.app.ctx

@@ -8,6 +8,7 @@ from pydantic import Field
 from openai_api.config import Limits
 from openai_api.schema.sampling import Body, SamplingFields
 from runtime.beam import BeamParams
+from runtime.chat.messages import MEDIA_PARTS
 from runtime.chat.tools import check_tools
 from runtime.errors import RequestRefused
 from runtime.params import SamplingParams
@@ -16,12 +17,25 @@ CORRECT_USAGE = 'Correct usage: `{"type": "function", "function": {"name": "my_f
 BOTH_FLAGS = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
 
 
+PART = {
+    "type": "object",
+    "properties": {
+        "type": {
+            "enum": ["text", "input_text", "refusal", "thinking", *MEDIA_PARTS],
+            "description": "Where it is missing, the key of the payload says it.",
+        },
+        "text": {"type": ["string", "null"]},
+    },
+}
+Part = Annotated[dict[str, Any], pydantic.WithJsonSchema(PART)]
+
+
 class Message(Body):
     """One message; which of its other keys reach the template depends on the role."""
 
     role: str
-    content: str | list[str | dict[str, Any]] | None = None
-    name: Any = None
+    content: str | list[str | Part] | None = None
+    name: Annotated[Any, pydantic.WithJsonSchema({"type": "string"})] = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
@@ -74,13 +88,26 @@ class ChatFields(Body):
         check_tools(self.tool_dicts)
 
 
+NAMED_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+    "required": ["function"],
+}
+TOOL_CHOICE = {"anyOf": [{"enum": ["none", "auto", "required"]}, NAMED_TOOL, {"type": "null"}]}
+
+
 class ChatRequest(SamplingFields, ChatFields):
+    """A conversation to be continued, and how."""
+
     bad_words: list[str] | None = []
     logprobs: bool | None = False
     top_logprobs: int | None = 0
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
-    tool_choice: Any = None
+    tool_choice: Annotated[Any, pydantic.WithJsonSchema(TOOL_CHOICE)] = None
     parallel_tool_calls: bool | None = False
     reasoning_effort: Literal["low", "medium", "high"] | None = None
     include_reasoning: bool = True

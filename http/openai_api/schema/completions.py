@@ -43,8 +43,22 @@ def _is_id(item):
     return isinstance(item, int) and not isinstance(item, bool)
 
 
+IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+PROMPT = {
+    "anyOf": [
+        {"type": "string"},
+        IDS,
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": IDS, "minItems": 1},
+        {"type": "null"},
+    ]
+}
+
+
 class CompletionRequest(SamplingFields):
-    prompt: Annotated[Any, pydantic.BeforeValidator(_prompt)] = None
+    """A text to be continued, and how."""
+
+    prompt: Annotated[Any, pydantic.BeforeValidator(_prompt), pydantic.WithJsonSchema(PROMPT)] = None
     prompt_embeds: str | list[str] | None = None
     max_tokens: int | None = 16
     echo: bool | None = False

@@ -44,6 +44,37 @@ class LogitsProcessor(pydantic.BaseModel):
     kwargs: dict[str, Any] | None = None
 
 
+RESPONSE_FORMAT = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
+        "json_schema": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "schema": {"type": "object"}, "strict": {"type": "boolean"}},
+            "required": ["name"],
+        },
+        "structures": {"type": "array", "items": {"type": "object"}},
+        "triggers": {"type": "array", "items": {"type": "string"}},
+    },
+    "required": ["type"],
+}
+STRUCTURED = {
+    "type": "object",
+    "properties": {
+        "json": {"type": ["string", "object", "null"]},
+        "regex": {"type": ["string", "null"]},
+        "choice": {"type": ["array", "null"], "items": {"type": "string"}, "minItems": 1},
+        "grammar": {"type": ["string", "null"]},
+        "json_object": {"type": ["boolean", "null"]},
+        "structural_tag": {"type": ["string", "null"]},
+        "whitespace_pattern": {"type": ["string", "null"]},
+        "disable_any_whitespace": {"type": "boolean"},
+        "disable_additional_properties": {"type": "boolean"},
+        "disable_fallback": {"type": "boolean"},
+    },
+}
+
+
 class SamplingFields(Body):
     """Documented names, types and defaults; bounds are checked by SamplingParams."""
 
@@ -83,8 +114,8 @@ class SamplingFields(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
+    response_format: Annotated[dict[str, Any], pydantic.WithJsonSchema(RESPONSE_FORMAT)] | None = None
+    structured_outputs: Annotated[dict[str, Any], pydantic.WithJsonSchema(STRUCTURED)] | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None

@@ -1,0 +1,54 @@
+"""What VLLM_SERVER_DEV_MODE=1 adds: /server_info, /reset_prefix_cache and the /sleep family"""
+
+import dataclasses
+
+from sanic import Blueprint, HTTPResponse, Request
+
+from openai_api.gate import counted
+from openai_api.operations import operation
+from openai_api.respond import whole_json
+from openai_api.schema.answers import IsSleeping, ServerInfo
+from runtime.errors import RequestRefused
+
+blueprint = Blueprint("developer")
+STAYS_AWAKE = "weights stay loaded: this server does not sleep; stop it instead, a warm start takes seconds"
+FORM = {"config_format": {"enum": ["text", "json"], "default": "text"}}
+
+
+@blueprint.get("/server_info", stream=True)
+@operation("Settings of this server, less its keys", answer=ServerInfo, query=FORM, refusals=(400, 401, 500))
+@counted
+async def server_info(request: Request) -> HTTPResponse:
+    form = request.args.get("config_format", "text")
+    if form not in ("text", "json"):
+        raise RequestRefused("config_format must be text or json", "config_format")
+    context = request.app.ctx
+    server = dataclasses.asdict(context.config)
+    server["api_keys"] = ["hidden"] * len(server["api_keys"])
+    plan = getattr(getattr(context.engine, "engine", None), "plan", None)
+    settings = {"server": server, "engine": dataclasses.asdict(plan) if dataclasses.is_dataclass(plan) else None}
+    return whole_json({"vllm_config": settings if form == "json" else str(settings)})
+
+
+@blueprint.post("/reset_prefix_cache", stream=True)
+@operation("Forgets cached prefixes that no running request uses")
+@counted
+async def reset_prefix_cache(request: Request) -> HTTPResponse:
+    request.app.ctx.engine.reset_prefix_cache()
+    return HTTPResponse(b"", content_type="text/plain")
+
+
+@blueprint.get("/is_sleeping", stream=True)
+@operation("Always false: this server does not sleep", answer=IsSleeping)
+@counted
+async def is_sleeping(request: Request) -> HTTPResponse:
+    return whole_json({"is_sleeping": False})
+
+
+async def _refuse(request: Request):
+    raise RequestRefused(STAYS_AWAKE)
+
+
+for name in ("sleep", "wake_up"):
+    refusing = operation("Refused: this server does not sleep", refusals=(400, 401), is_refused=True)(counted(_refuse))
+    blueprint.add_route(refusing, f"/{name}", methods=["POST"], name=name, stream=True)
