@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
-from runtime.choice import Gain
+from runtime.choice import Gain, Gains
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 from runtime.errors import Busy, EngineStopped, NotReady
@@ -166,7 +166,7 @@ class AsyncEngine:
             self._failure = error
             self._on_loop(self._fail_all)
 
-    def _deliver(self, gains: list[Gain]) -> None:
+    def _deliver(self, gains: Gains) -> None:
         if gains:
             self._on_loop(self._hand_out, gains)
 
@@ -176,7 +176,7 @@ class AsyncEngine:
 
     # Back on the event loop.
 
-    def _hand_out(self, gains: list[Gain]) -> None:
+    def _hand_out(self, gains: Gains) -> None:
         for gain in gains:
             listener = self._listeners.get(gain.choice.key)
             if listener is not None:

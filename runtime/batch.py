@@ -8,6 +8,7 @@ Dimension key
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -52,13 +53,13 @@ class StepLayout:
         fields, offset = {}, 0
         for name, shape in shapes.items():
             fields[name] = (offset, shape)
-            offset += int(np.prod(shape))
+            offset += math.prod(shape)
         return cls(fields, offset)
 
     def unpack(self, packed) -> dict:
         """The fields of a packed vector, NumPy or traced."""
         return {
-            name: packed[offset : offset + int(np.prod(shape))].reshape(shape)
+            name: packed[offset : offset + math.prod(shape)].reshape(shape)
             for name, (offset, shape) in self.fields.items()
         }
 

@@ -5,6 +5,7 @@ into text, so that the engine never waits for a tokenizer.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 from runtime.params import SamplingParams
 from runtime.request import FinishReason, Prompt, RequestOutput, TokenLogprobs
@@ -43,6 +44,28 @@ class Gain:
         self.finish_reason, self.stop_reason = following.finish_reason, following.stop_reason
 
 
+@dataclasses.dataclass(slots=True)
+class Gains:
+    """What one step gave. Nearly always that is a token each to many choices: those are kept as two lists.
+
+    Attributes:
+        choices, token_ids: choices that gained this one token and go on.
+        others: the rest, each spelled out.
+    """
+
+    choices: list["Choice"] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    others: list[Gain] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.choices) + len(self.others)
+
+    def __iter__(self) -> Iterator[Gain]:
+        for choice, token_id in zip(self.choices, self.token_ids, strict=True):
+            yield Gain(choice, [token_id])
+        yield from self.others
+
+
 class Choice:
     """One answer: settings the engine reads, and the text made so far.
 
@@ -54,11 +77,12 @@ class Choice:
         eos_id: the primary EOS, whose stop_reason is None.
         matcher: keeps the output inside a grammar; None for anything.
         prompt_logprobs: filled chunk by chunk when asked for.
+        arrived, scheduled_at, first_token_at, last_token_at: seconds on the monotonic clock, 0 until it happens.
     """
 
     __slots__ = (
         "key", "index", "prompt", "params", "sequence", "settings", "stop_ids", "eos_id", "matcher", "prompt_logprobs",
-        "has_spoken", "is_over", "arrived", "scheduled_at", "first_token_at", "_detokenizer",
+        "has_spoken", "is_over", "arrived", "scheduled_at", "first_token_at", "last_token_at", "_detokenizer",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +104,7 @@ class Choice:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.has_spoken = False
         self.is_over = False
-        self.arrived = self.scheduled_at = self.first_token_at = 0.0
+        self.arrived = self.scheduled_at = self.first_token_at = self.last_token_at = 0.0
         self.sequence = Sequence(
             f"{key}-{index}",
             prompt.token_ids,

@@ -18,7 +18,7 @@ import numpy as np
 from runtime import buckets
 from runtime.admission import Admission
 from runtime.batch import FROM_DEVICE, StepBuffer, StepLayout
-from runtime.choice import Choice, Gain
+from runtime.choice import Choice, Gain, Gains
 from runtime.config import EngineConfig
 from runtime.errors import StepFailed
 from runtime.executables import CompileCounter
@@ -46,7 +46,7 @@ class Flight:
     bucket: buckets.Bucket
     buffer: StepBuffer
     out: StepOutput
-    wants_logprobs: bool
+    single: list[int]  # rows to be looked at one by one: they want logprobs, or are under a grammar
     wants_prompt_logprobs: bool
     stuck: dict[int, str]  # row -> why its grammar can go no further
 
@@ -86,6 +86,7 @@ class Engine:
         self._flight: Flight | None = None
         self._slots_with_tables: set[int] = set()
         self._isolation = Isolation(self.scheduler)
+        self._may_stop_V = np.zeros(plan.vocab_size, bool)  # tokens that some request, perhaps gone, stops on
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Callable[[str, int, int], None] | None = None) -> "Engine":
@@ -160,13 +161,13 @@ class Engine:
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[Gain]:
+    def step(self) -> Gains:
         """Dispatches the next step, then reads the one before. Returns what that one gave each choice."""
         start = time.monotonic()
         plan = self.scheduler.plan()
         before, self._flight = self._flight, None
         rows = before.plan.sequences if before else []
-        gains: list[Gain] = []
+        gains = Gains()
         try:
             if not plan.is_empty:
                 rows = rows + plan.sequences
@@ -185,12 +186,15 @@ class Engine:
         for sequence in plan.admitted:
             self._admit(sequence.owner)
         buffer, bucket = self._fill(plan)
-        masks, stuck = self._masks(plan, bucket)
+        single = []
+        if self.scheduler.num_stepping_singly:
+            single = [row for row, sequence in enumerate(plan.sequences) if sequence.steps_singly]
+        masks, stuck = self._masks(plan, bucket, single)
         run = self.loaded.steps[bucket]
         self._state, out = run(self.loaded.weights, self._state, buffer.packed, masks)
-        return Flight(plan, bucket, buffer, out, self._wants_logprobs(plan), bool(buffer.counts[3]), stuck)
+        return Flight(plan, bucket, buffer, out, single, bool(buffer.counts[3]), stuck)
 
-    def _recover(self, rows: list[Sequence], error: Exception) -> list[Gain]:
+    def _recover(self, rows: list[Sequence], error: Exception) -> Gains:
         """A step failed: everybody is computed again, and whoever is at fault is found and ended."""
         log.error("a step with %d rows failed: %s", len(rows), error, exc_info=error)
         self._flight = None
@@ -198,12 +202,10 @@ class Engine:
         self._slots_with_tables.clear()
         self._state = self.loaded.new_state()
         culprit = self._isolation.on_failure(rows)
-        if culprit is None:
-            return []
-        self._end(culprit.owner, "abort", spoiled=True)
-        return [
-            Gain(culprit.owner, [], error=StepFailed("this request made a step fail; the server log has the cause"))
-        ]
+        gains = Gains()
+        if culprit is not None:
+            gains.others.append(self._fail(culprit.owner, STEP_RAISED))
+        return gains
 
     def _fill(self, plan: StepPlan) -> tuple[StepBuffer, buckets.Bucket]:
         """The plan as a packed vector, padded to its bucket."""
@@ -218,8 +220,9 @@ class Engine:
         b.slots[:num_rows] = slots
         b.advance[:num_rows] = plan.advance_S
         b.counts[4:] = plan.num_steps, plan.num_drafts
-        b.knobs[:, :num_rows] = self._knobs_QX[:, slots]
-        b.page_table[:num_rows] = self.scheduler.page_table_XM[slots]
+        self._knobs_QX.take(slots, axis=1, out=b.knobs[:, :num_rows])
+        num_columns = int(self.scheduler.num_pages_X[slots].max())  # those past a row's last page are not read
+        b.page_table[:num_rows, :num_columns] = self.scheduler.page_table_XM[slots, :num_columns]
         b.token_ids[: plan.num_decode] = FROM_DEVICE
         for row in range(plan.num_decode, num_rows):
             sequence, start, length = plan.sequences[row], int(plan.starts_S[row]), int(plan.num_new_S[row])
@@ -235,6 +238,7 @@ class Engine:
         slot, settings = choice.sequence.slot, choice.settings
         choice.scheduled_at = choice.scheduled_at or time.monotonic()
         self._knobs_QX[:, slot] = settings.knobs_Q
+        self._may_stop_V[[token for token in choice.stop_ids if token < len(self._may_stop_V)]] = True
         if settings.tables is not None or slot in self._slots_with_tables:
             tables = settings.tables or self.loaded.usual_tables
             self._state = self.loaded.load_tables(self._state, np.int32(slot), tables)
@@ -248,36 +252,55 @@ class Engine:
             tokens[: len(known)] = known
             self._state = self.loaded.load_history(self._state, np.int32(slot), tokens)
 
-    def _masks(self, plan: StepPlan, bucket: buckets.Bucket):
+    def _masks(self, plan: StepPlan, bucket: buckets.Bucket, single: list[int]):
         """(allowed tokens of rows under a grammar, or the neutral device array; the rows that are stuck)."""
-        rows = [(row, s.owner.matcher) for row, s in enumerate(plan.sequences) if s.needs_token_first]
+        rows = [(row, plan.sequences[row].owner.matcher) for row in single if plan.sequences[row].needs_token_first]
         neutral = self.loaded.no_mask[bucket.num_rows]
         if not rows:
             return neutral, {}
         masks_SW = np.zeros(neutral.shape, np.uint32)
         return masks_SW, fill_masks(rows, masks_SW)
 
-    def _wants_logprobs(self, plan: StepPlan) -> bool:
-        return any(s.owner.params.logprobs is not None for s in plan.sequences)
-
     # ---- reading ----------------------------------------------------------------------------------------------------
 
-    def _read(self, flight: Flight) -> list[Gain]:
+    def _read(self, flight: Flight) -> Gains:
         """Waits for a step and hands its tokens out."""
-        plan = flight.plan
-        rows_OS = np.asarray(flight.out.rows_OS)[:, : len(plan.sequences)]
+        plan, sequences = flight.plan, flight.plan.sequences
+        rows_OS = np.asarray(flight.out.rows_OS)[:, : len(sequences)]
         if flight.wants_prompt_logprobs:
             self._take_prompt_logprobs(flight)
         tokens = (rows_OS[TOKENS],) if plan.gains_one else (rows_OS[TOKENS:].T, rows_OS[COUNT])
         rows = self.scheduler.accept(plan, *tokens)
+        special = self._special_rows(flight, rows_OS)
+        usual = [row for row in rows if row not in special] if special else rows
+        ids = rows_OS[TOKENS].tolist()
+        gains = Gains([sequences[row].owner for row in usual], [ids[row] for row in usual])
+        if special:
+            self._read_one_by_one(flight, rows_OS, [row for row in rows if row in special], gains.others)
+        if self._isolation.is_active:
+            self._isolation.on_success(sequences)
+        if flight.out.drafted_E is not None:
+            times, tokens, *right = np.asarray(flight.out.drafted_E).tolist()
+            self.metrics.on_drafts(times, tokens, right)
+        self.metrics.on_tokens(gains, time.monotonic())
+        return gains
+
+    def _special_rows(self, flight: Flight, rows_OS: np.ndarray) -> set[int]:
+        """Rows that may have done anything but gain one token and go on."""
+        is_special_S = flight.plan.may_end_S | (rows_OS[COUNT] != 1) | (rows_OS[FAULTY] != 0)
+        is_special_S |= self._may_stop_V.take(rows_OS[TOKENS], mode="clip")
+        return {*is_special_S.nonzero()[0].tolist(), *flight.single, *flight.stuck}
+
+    def _read_one_by_one(self, flight: Flight, rows_OS: np.ndarray, rows: list[int], gains: list[Gain]) -> None:
+        """Appends what each of these rows gained, and ends those that ended or failed."""
         counts, ids = rows_OS[COUNT].tolist(), rows_OS[TOKENS:].T.tolist()
         faults = dict.fromkeys(rows_OS[FAULTY].nonzero()[0].tolist(), NOT_FINITE) | flight.stuck
-        logprobs = self._logprobs(flight, rows_OS) if flight.wants_logprobs else None
-        gains = []
+        logprobs = None
         for row in rows:
-            choice: Choice = plan.sequences[row].owner
+            choice: Choice = flight.plan.sequences[row].owner
             gain = Gain(choice, ids[row][: counts[row] - (row in faults)])  # a faulty row's last token means nothing
-            if logprobs is not None and choice.params.logprobs is not None:
+            if choice.params.logprobs is not None:
+                logprobs = logprobs or self._logprobs(flight, rows_OS)
                 gain.logprobs = [logprobs(row, choice.params.logprobs) for _ in gain.token_ids]
             if choice.matcher is not None and not all(map(choice.matcher.accept, gain.token_ids)):
                 gain.token_ids, faults[row] = [], "the output left its structured-output constraint"
@@ -289,13 +312,6 @@ class Engine:
                 faults.setdefault(row, ENDED_ON_DEVICE)
             if row in faults:
                 gains.append(self._fail(choice, faults[row]))
-        if self._isolation.is_active:
-            self._isolation.on_success(plan.sequences)
-        if flight.out.drafted_E is not None:
-            times, tokens, *right = np.asarray(flight.out.drafted_E).tolist()
-            self.metrics.on_drafts(times, tokens, right)
-        self.metrics.on_tokens(gains, time.monotonic())
-        return gains
 
     def _finish(self, gain: Gain) -> None:
         """Ends the choice where its newest token is its last."""

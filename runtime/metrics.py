@@ -5,6 +5,7 @@ prefix `vllm:` are those that dashboards exist for; ours stand beside them under
 """
 
 import bisect
+import collections
 import dataclasses
 import itertools
 import math
@@ -101,8 +102,6 @@ class EngineMetrics:
         lengths = one_two_five(plan.max_model_len)
         self._plan = plan
         self._engine: Any = None
-        self._last_token_at: dict[Any, float] = {}  # choice -> when its newest token came
-        self._ended: dict[Any, float] = {}  # the same of choices that ended in this step
         self._siblings: dict[str, list[int]] = {}  # request -> choices still open, most tokens of one
         self.success: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self.counters: dict[Any, int] = dict.fromkeys(COUNTERS, 0)
@@ -110,37 +109,40 @@ class EngineMetrics:
 
     # ---- recording, on the engine's thread --------------------------------------------------------------------------
 
-    def on_tokens(self, gains: Iterable[Any], now: float) -> None:
-        """One step's tokens. A gain has a choice and token_ids; gains with an error are left out."""
-        num_prompt = num_new = 0
-        last_at = self._last_token_at
+    def on_tokens(self, gains: Any, now: float) -> None:
+        """One step's tokens, as Gains; those with an error are left out."""
         between = self.histograms["vllm:inter_token_latency_seconds"]
-        for gain in gains:
-            count = len(gain.token_ids)
+        choices, num_new = gains.choices, len(gains.choices)
+        # Nearly all had their last token at the same moment: the step before.
+        for last, count in collections.Counter([choice.last_token_at for choice in choices]).items():
+            if last:
+                between.observe(now - last, count)
+        fresh = [choice for choice in choices if not choice.last_token_at]
+        for choice in choices:
+            choice.last_token_at = now
+        for gain in gains.others:
+            choice, count = gain.choice, len(gain.token_ids)
             if gain.error is not None or not count:
                 continue
-            choice = gain.choice
             num_new += count
-            last = self._ended.pop(choice, None) or last_at.get(choice)
-            if last is None:
-                num_prompt += len(choice.sequence.prompt_ids)
-                choice.first_token_at = choice.first_token_at or now
-                self.histograms["vllm:time_to_first_token_seconds"].observe(now - choice.arrived)
+            if choice.last_token_at:
+                between.observe((now - choice.last_token_at) / count, count)
+            else:
+                fresh.append(choice)
                 if count > 1:
                     between.observe(0.0, count - 1)
-            else:
-                between.observe((now - last) / count, count)
-            if not choice.sequence.is_finished:
-                last_at[choice] = now
+            choice.last_token_at = now
+        for choice in fresh:
+            choice.first_token_at = now
+            self.histograms["vllm:time_to_first_token_seconds"].observe(now - choice.arrived)
         if num_new:
+            num_prompt = sum(len(choice.sequence.prompt_ids) for choice in fresh)
             self.counters["vllm:prompt_tokens"] += num_prompt
             self.counters["vllm:generation_tokens"] += num_new
             self.histograms["vllm:iteration_tokens_total"].observe(num_prompt + num_new)
 
     def on_finish(self, choice: Any, reason: str, now: float) -> None:
         """A choice ended, before or after its last tokens were given to on_tokens."""
-        if (last := self._last_token_at.pop(choice, None)) is not None:
-            self._ended[choice] = last
         self.success[reason] += 1
         num_tokens = len(choice.sequence.output_ids)
         params, seen = choice.params, self.histograms
@@ -175,7 +177,6 @@ class EngineMetrics:
             num_padding: tokens the bucket is larger than the plan.
         """
         self._engine = engine
-        self._ended.clear()
         self.counters["vllm:num_preemptions"] += len(plan.preempted)
         if plan.is_empty:
             return

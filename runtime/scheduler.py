@@ -129,6 +129,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_stepping_singly(self) -> int:
+        """Running sequences that need a look of their own at each step."""
+        return self._num_stepping_singly
+
+    @property
     def has_work(self) -> bool:
         """Some sequence is not finished."""
         return bool(self._num_waiting or self._running)
@@ -376,7 +381,8 @@ class Scheduler:
             self._decoding = None
             self._tokens_X[slot] += advance
             self._unread_X[slot] += advance
-        draft.chunks.append((sequence, slot, start, length, ends_prompt, advance))
+        may_end = ends_prompt and total + advance >= int(self._limit_X[slot])
+        draft.chunks.append((sequence, slot, start, length, ends_prompt, advance, may_end))
 
     def _admit(self, draft: StepDraft) -> None:
         """Admits waiting sequences in order while there are slots, pages and room for tokens."""
@@ -513,7 +519,7 @@ class Scheduler:
         if self._num_needing_token:
             self._unread_X[draft.slots] += draft.advance
         # Only now, so that no sequence was admitted to this step on pages that this step computes.
-        for sequence, _, start, length, _, _ in draft.chunks:
+        for sequence, _, start, length, *_ in draft.chunks:
             self._publish(sequence, (start + length) // self.pool.page_size)
         self._num_plans += 1
         return draft.settle(self._num_plans - 1, self._generation, self._num_departures, self._residence_X)

@@ -27,6 +27,7 @@ class StepPlan:
         starts_S: position of each row's first token. After drafts an upper bound; the device has the true length.
         num_new_S: tokens each row brings: 1 for a decode, the chunk's length for others.
         samples_S: bool; the row's last hidden state is wanted. False for a chunk that does not end its prompt.
+        may_end_S: bool; the row reaches its limit if it gains all of advance_S.
         advance_S: most tokens the row may gain in this dispatch; 0 where nothing is sampled into the sequence.
         num_steps: steps to run in this dispatch, more than 1 only when every row decodes. A row stops at its advance.
         num_drafts: draft tokens each row may verify in each step; pages are there for them.
@@ -46,6 +47,7 @@ class StepPlan:
     num_new_S: np.ndarray
     samples_S: np.ndarray
     advance_S: np.ndarray
+    may_end_S: np.ndarray
     num_steps: int
     num_drafts: int
     admitted: list[Sequence]
@@ -77,7 +79,7 @@ class StepDraft:
     """A plan being made.
 
     sequences, slots, remaining, tokens and advance describe the decode rows; chunks are (sequence, slot, start, length,
-    samples, advance), a row each.
+    samples, advance, may_end), a row each.
     """
 
     def __init__(self):
@@ -86,7 +88,7 @@ class StepDraft:
         self.num_steps = 1
         self.num_drafts = 0
         self.room = self.chunk_room = 0  # tokens this step can still take, in all and of prompts
-        self.chunks: list[tuple[Sequence, int, int, int, bool, int]] = []
+        self.chunks: list[tuple[Sequence, int, int, int, bool, int, bool]] = []
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.new_pages: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # page table rows, columns, ids
@@ -110,7 +112,8 @@ class StepDraft:
         """Writes everything down as arrays, decodes first."""
         num_decode = len(self.slots)
         sequences = self.sequences
-        columns = [self.slots, self.tokens - 1, _ones(num_decode), _ones(num_decode, bool), self.advance]
+        may_end = self.remaining <= self.advance
+        columns = [self.slots, self.tokens - 1, _ones(num_decode), _ones(num_decode, bool), self.advance, may_end]
         if self.chunks:
             chunk_sequences, *chunk_columns = zip(*self.chunks, strict=True)
             sequences = [*sequences, *chunk_sequences]
@@ -118,7 +121,7 @@ class StepDraft:
                 np.concatenate((decodes, np.array(chunks, decodes.dtype)))
                 for decodes, chunks in zip(columns, chunk_columns, strict=True)
             ]
-        slots, starts, num_new, samples, advance = columns
+        slots, starts, num_new, samples, advance, may_end = columns
         pages = self.new_pages or [(_EMPTY, _EMPTY, _EMPTY)]
         new_slots, new_columns, new_ids = pages[0] if len(pages) == 1 else map(np.concatenate, zip(*pages, strict=True))
         return StepPlan(
@@ -130,6 +133,7 @@ class StepDraft:
             num_new_S=num_new,
             samples_S=samples,
             advance_S=advance,
+            may_end_S=may_end,
             num_steps=self.num_steps,
             num_drafts=self.num_drafts,
             admitted=self.admitted,

@@ -35,7 +35,7 @@ from runtime.step_state import COUNT, TOKENS, StepOutput, empty_state
 TARGET_US = 300  # at 256 rows
 VOCAB = 49_152
 PROMPT = 100  # tokens, give or take 50: in every step some rows need a page
-PARTS = ("_fill", "_masks", "_wants_logprobs", "_read")
+PARTS = ("_fill", "_masks", "_read")
 
 
 def plan_for(rows: int, length: int) -> EnginePlan:

@@ -5,6 +5,7 @@ import types
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.choice import Gain, Gains
 from runtime.metrics import EngineMetrics, Exposition, Histogram, HttpMetrics, one_two_five
 
 PLAN = types.SimpleNamespace(
@@ -17,12 +18,12 @@ class FakeChoice:
         self.key, self.index = "r", index
         self.params = types.SimpleNamespace(n=n, max_tokens=20)
         self.sequence = types.SimpleNamespace(prompt_ids=[0] * num_prompt, output_ids=[], is_finished=False)
-        self.arrived, self.scheduled_at, self.first_token_at = 1.0, 2.0, 0.0
+        self.arrived, self.scheduled_at, self.first_token_at, self.last_token_at = 1.0, 2.0, 0.0, 0.0
 
 
 def gain(choice, count):
     choice.sequence.output_ids += [0] * count
-    return types.SimpleNamespace(choice=choice, token_ids=[0] * count, error=None)
+    return Gains(others=[Gain(choice, [0] * count)])
 
 
 def samples(metrics):
@@ -44,7 +45,7 @@ def run(metrics, num_tokens, ends_before_its_tokens=True):
         if i == num_tokens - 1 and ends_before_its_tokens:
             choice.sequence.is_finished = True
             metrics.on_finish(choice, "length", now)
-        metrics.on_tokens([new], now)
+        metrics.on_tokens(new, now)
     return choice
 
 
@@ -70,13 +71,28 @@ def test_nothing_is_kept_of_what_has_ended():
     metrics.on_finish(choice, "abort", 9.0)
     step = types.SimpleNamespace(preempted=[], admitted=[], is_empty=True, num_tokens=0)
     metrics.on_step(None, step, host_s=0.1, wall_s=0.2)
-    assert not metrics._last_token_at and not metrics._ended and not metrics._siblings
+    assert not metrics._siblings
+
+
+def test_choices_that_go_on_are_counted_like_the_others():
+    metrics, choices = EngineMetrics(PLAN), [FakeChoice(), FakeChoice()]
+    late = FakeChoice()
+    metrics.on_tokens(Gains(choices, [7, 8]), 3.0)
+    metrics.on_tokens(Gains([*choices, late], [7, 8, 9]), 3.5)
+    metrics.on_tokens(Gains([choices[0]], [7], [Gain(choices[1], [8]), Gain(late, [], error=ValueError())]), 4.5)
+    got = samples(metrics)
+    assert got["vllm:time_to_first_token_seconds_count",] == 3
+    assert got["vllm:time_to_first_token_seconds_sum",] == pytest.approx(2.0 + 2.0 + 2.5)
+    assert got["vllm:prompt_tokens_total",] == 9 and got["vllm:generation_tokens_total",] == 7
+    assert got["vllm:inter_token_latency_seconds_count",] == 4
+    assert got["vllm:inter_token_latency_seconds_sum",] == pytest.approx(0.5 + 0.5 + 1.0 + 1.0)
+    assert late.last_token_at == 3.5
 
 
 def test_several_tokens_at_once_share_the_time():
     metrics, choice = EngineMetrics(PLAN), FakeChoice()
-    metrics.on_tokens([gain(choice, 1)], 3.0)
-    metrics.on_tokens([gain(choice, 4)], 5.0)
+    metrics.on_tokens(gain(choice, 1), 3.0)
+    metrics.on_tokens(gain(choice, 4), 5.0)
     got = samples(metrics)
     assert got["vllm:inter_token_latency_seconds_count",] == 4
     assert got["vllm:inter_token_latency_seconds_sum",] == pytest.approx(2.0)
@@ -88,7 +104,7 @@ def test_the_longest_choice_is_counted_once_a_request():
     metrics = EngineMetrics(PLAN)
     for index, count in enumerate((2, 7)):
         choice = FakeChoice(n=2, index=index)
-        metrics.on_tokens([gain(choice, count)], 3.0)
+        metrics.on_tokens(gain(choice, count), 3.0)
         metrics.on_finish(choice, "stop", 4.0)
     got = samples(metrics)
     assert got["vllm:request_params_n_count",] == 1 and got["vllm:request_params_n_sum",] == 2

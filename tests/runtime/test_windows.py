@@ -79,7 +79,7 @@ def collect(engine):
                 ends[gain.choice.key] = gain.finish_reason, gain.stop_reason
         count += 1
         assert count < 500, "the engine does not get on"
-    return {key: (ids, *ends[key]) for key, ids in tokens.items()}, count
+    return {key: (ids, *ends[key]) for key, ids in sorted(tokens.items())}, count
 
 
 def both(engine, requests):
