@@ -31,7 +31,8 @@ class EngineConfig:
         max_model_len: prompt and output together, tokens.
         max_num_seqs: rows that may run at once.
         max_num_batched_tokens: tokens in one step.
-        max_decode_chunk: prompt tokens that may join a step in which other requests decode.
+        max_decode_chunk: prompt tokens that may join a step in which other requests decode; None for as many as keep
+            the gap between their tokens short, going by how long steps take. See runtime.pacing.
         max_decode_steps: steps that one dispatch may run while every request decodes and none waits.
         speculative_config: how tokens are drafted ahead; None for not at all. See runtime.speculation.
         block_size: tokens in a page.
@@ -243,10 +244,8 @@ def settle(
             f"max_num_batched_tokens {budget} is below the {drafting} tokens of {speculation.max_rows} rows with "
             f"{speculation.num_drafts} drafts each; raise it, or lower disable_by_batch_size"
         )
-    # On a CPU a step's time is its tokens; an accelerator has room for a prompt beside the decodes.
-    decode_chunk = config.max_decode_chunk or (None if on_cpu else budget)
-    shown = f"{decode_chunk:,}" if decode_chunk else "half of the rows that decode, at least 64"
-    why = "asked" if config.max_decode_chunk else "keeps the gap between tokens short while a prompt is read"
+    shown = f"{config.max_decode_chunk:,}" if config.max_decode_chunk else "by the pace"
+    why = "asked" if config.max_decode_chunk else "as timed: keeps the gap between tokens short while a prompt is read"
     reasons.append(("max_decode_chunk", shown, why))
     # Measured on two cores with 135M parameters: windows of 8 save 3% of a step's time with one row and 5% with four,
     # and whoever arrives meanwhile waits for them.
@@ -306,7 +305,7 @@ def settle(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        max_decode_chunk=decode_chunk,
+        max_decode_chunk=config.max_decode_chunk,
         max_decode_steps=decode_steps,
         speculation=speculation,
         page_size=page_size,

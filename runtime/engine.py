@@ -49,6 +49,7 @@ class Flight:
     single: list[int]  # rows to be looked at one by one: they want logprobs, or are under a grammar
     wants_prompt_logprobs: bool
     stuck: dict[int, str]  # row -> why its grammar can go no further
+    dispatched_at: float
 
 
 class Engine:
@@ -84,6 +85,7 @@ class Engine:
         self._knobs_QX = np.zeros((len(KNOB_FIELDS), plan.num_slots), np.int32)
         self._choices: dict[str, list[Choice]] = {}
         self._flight: Flight | None = None
+        self._read_at = 0.0  # when the newest step to be read was there
         self._slots_with_tables: set[int] = set()
         self._isolation = Isolation(self.scheduler)
         self._may_stop_V = np.zeros(plan.vocab_size, bool)  # tokens that some request, perhaps gone, stops on
@@ -192,7 +194,7 @@ class Engine:
         masks, stuck = self._masks(plan, bucket, single)
         run = self.loaded.steps[bucket]
         self._state, out = run(self.loaded.weights, self._state, buffer.packed, masks)
-        return Flight(plan, bucket, buffer, out, single, bool(buffer.counts[3]), stuck)
+        return Flight(plan, bucket, buffer, out, single, bool(buffer.counts[3]), stuck, time.monotonic())
 
     def _recover(self, rows: list[Sequence], error: Exception) -> Gains:
         """A step failed: everybody is computed again, and whoever is at fault is found and ended."""
@@ -267,6 +269,7 @@ class Engine:
         """Waits for a step and hands its tokens out."""
         plan, sequences = flight.plan, flight.plan.sequences
         rows_OS = np.asarray(flight.out.rows_OS)[:, : len(sequences)]
+        self._time(flight)
         if flight.wants_prompt_logprobs:
             self._take_prompt_logprobs(flight)
         tokens = (rows_OS[TOKENS],) if plan.gains_one else (rows_OS[TOKENS:].T, rows_OS[COUNT])
@@ -284,6 +287,13 @@ class Engine:
             self.metrics.on_drafts(times, tokens, right)
         self.metrics.on_tokens(gains, time.monotonic())
         return gains
+
+    def _time(self, flight: Flight) -> None:
+        """The step has just ended: how long it took, from when the device could begin it."""
+        now = time.monotonic()
+        if flight.plan.gains_one:
+            self.scheduler.pace.on_step(flight.plan.num_tokens, now - max(flight.dispatched_at, self._read_at))
+        self._read_at = now
 
     def _special_rows(self, flight: Flight, rows_OS: np.ndarray) -> set[int]:
         """Rows that may have done anything but gain one token and go on."""

@@ -366,7 +366,7 @@ SCHEDULER = (
     Flag(
         "max-decode-chunk",
         "size",
-        "prompt tokens that may join a step in which others decode.",
+        "prompt tokens that may join a step in which others decode (as many as keep gaps short).",
         to="engine.max_decode_chunk",
     ),
     Flag(

@@ -32,12 +32,12 @@ import math
 import numpy as np
 
 from runtime.errors import ConfigError, RequestRefused
+from runtime.pacing import Pace
 from runtime.pages import PagePool
 from runtime.sequence import Sequence, Status
 from runtime.step_plan import StepDraft, StepPlan
 
 MAX_PREEMPTIONS = 4
-MIN_DECODE_CHUNK = 64  # fewer would read the weights once more for each handful of prompt tokens
 
 
 class Scheduler:
@@ -52,10 +52,10 @@ class Scheduler:
         max_steps: steps that one dispatch may run when every row decodes and nobody waits.
         num_drafts: draft tokens a decode may verify in a step; pages are taken for them.
         max_drafting_rows: with more rows decoding nothing is drafted; None for no such limit.
-        max_decode_chunk: prompt tokens that may join a step in which others decode; None for half as many as rows
-            decode, and at least 64: a step's time grows with its tokens, and the others wait for it.
+        max_decode_chunk: prompt tokens that may join a step in which others decode; None to go by the pace.
 
     Attributes:
+        pace: told by the caller how long steps take; by it prompts are cut where others decode.
         page_table_XM: int32; row `slot` holds a running sequence's pages in its first num_pages_X[slot] columns.
         num_preemptions: counter.
 
@@ -90,6 +90,7 @@ class Scheduler:
         self.num_drafts = num_drafts
         self.max_drafting_rows = max_drafting_rows
         self.max_decode_chunk = max_decode_chunk
+        self.pace = Pace()
         self.num_preemptions = 0
         self._by_priority = policy == "priority"
         # One counter a slot. A sequence's tokens here include those sampled but not read yet.
@@ -282,8 +283,9 @@ class Scheduler:
         self._grow(draft)
         draft.room = self.max_num_batched_tokens - len(draft.slots) * (1 + draft.num_drafts)
         draft.chunk_room = draft.room
-        if len(draft.slots):
-            draft.chunk_room = min(draft.room, self.max_decode_chunk or max(MIN_DECODE_CHUNK, len(draft.slots) // 2))
+        if len(draft.slots) and (self._prompting or self._num_waiting):
+            most = self.max_decode_chunk
+            draft.chunk_room = min(draft.room, most) if most else self.pace.chunk(len(draft.slots), draft.room)
         for sequence in self._prompting.copy():
             self._compute_chunk(draft, sequence)
         if self._num_waiting and not draft.preempted:

@@ -11,15 +11,13 @@ Dimension key
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models.inputs import StepInputs
 from models.layers.linear import Linear
 from models.layers.norm import RMSNorm
-from models.layers.rope import rotate
 from models.layers.stack import Layer
-from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+from pallas_kernels.qkv_attention import qkv_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +54,17 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         D, N, K, H = hidden_size, num_heads, num_kv_heads, head_dim
-        self.num_queries = N // K  # a kv head; the axis after it holds these, then the key, then the value
         self.scale, self.soft_cap = H**-0.5 if scale is None else scale, soft_cap
+        # What each kv head gets of a token: its queries, then its key, then its value.
         self.qkv = Linear((K, N // K + 2, H), D, axes=("kv_heads", None, None, "hidden"), bias=qkv_bias, rngs=rngs)
         self.o = Linear((D,), N * H, axes=("hidden", "heads"), bias=o_bias, rngs=rngs)
         self.q_norm, self.k_norm = q_norm, k_norm
 
     def __call__(self, x_TD, cache_PBCH, step: Step, layer: Layer, *, norm: RMSNorm, residual=None):
         """`[T, D]`: of norm(x), with the residual added to it; and the cache with this step's keys and values."""
-        G, T = self.num_queries, x_TD.shape[0]
         qkv_TKXH = self.qkv(x_TD, step.inputs.num_tokens, norm=norm)
-        qk_TKXH = rotate(self._normed(qkv_TKXH[:, :, : G + 1]), step.ropes[layer.rope])
-        q_TNH = qk_TKXH[:, :, :G].reshape(T, -1, qk_TKXH.shape[-1])
-        out_TNH, cache_PBCH = ragged_paged_attention(
-            q_TNH,
-            qk_TKXH[:, :, G],
-            qkv_TKXH[:, :, G + 1],
+        out_TNH, cache_PBCH = qkv_attention(
+            qkv_TKXH,
             cache_PBCH,
             step.inputs.kv_lens_S,
             step.inputs.page_table_SM,
@@ -81,12 +74,18 @@ class Attention(nnx.Module):
             soft_cap=self.soft_cap,
             window=layer.window,
             page_offset=layer.page_offset,
+            ropes_ET2R=step.ropes,
+            rope_index=layer.rope,
+            **self._head_norms(),
         )
-        return self.o(out_TNH.reshape(T, -1), step.inputs.num_tokens, residual=residual), cache_PBCH
+        return self.o(out_TNH.reshape(len(x_TD), -1), step.inputs.num_tokens, residual=residual), cache_PBCH
 
-    def _normed(self, qk_TKXH):
-        """Queries and keys after their norms; the query heads come first, then the key."""
+    def _head_norms(self):
         if self.q_norm is None or self.k_norm is None:
-            return qk_TKXH
-        q_TKGH, k_TK1H = qk_TKXH[:, :, :-1], qk_TKXH[:, :, -1:]
-        return jnp.concatenate([self.q_norm(q_TKGH), self.k_norm(k_TK1H)], axis=2)
+            return {}
+        return {
+            "q_norm_H": self.q_norm.scale[...],
+            "k_norm_H": self.k_norm.scale[...],
+            "norm_eps": self.q_norm.eps,
+            "norm_offset": float(self.q_norm.unit_offset),
+        }

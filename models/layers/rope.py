@@ -50,15 +50,6 @@ def rope_tables(ropes: tuple[Rope, ...], positions_T):
     return jnp.stack(tables)
 
 
-def rotate(x, table_T2R):
-    """Turns x `[T, ..., H]` by its tokens' angles: pair r is x[r] and x[r + H/2]. Computed in float32."""
-    T, _, R = table_T2R.shape
-    table = table_T2R.reshape(T, *[1] * (x.ndim - 2), 2, R)
-    cos, sin = table[..., 0, :], table[..., 1, :]
-    a, b = x[..., :R].astype(jnp.float32), x[..., R:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 def frequencies(rope: Rope) -> np.ndarray:
     """Radians a position for each pair, float32[R]."""
     base_R = rope.theta ** -(np.arange(0, rope.head_dim, 2, dtype=np.float64) / rope.head_dim)

@@ -1,0 +1,65 @@
+"""How many prompt tokens may join a step in which others decode: as many as keep the gap between their tokens short.
+
+What a step costs is learned from the steps that ran, so that it fits the machine: a CPU without matrix units pays for
+every token, an accelerator has room for hundreds beside the decodes at no cost.
+"""
+
+import bisect
+import collections
+import statistics
+
+GAP_S = 0.12  # nobody who reads along minds such a gap between two tokens
+STRETCH = 1.5  # where decoding alone takes longer than that: how much longer a step may take for a prompt's sake
+SAMPLES = 5  # steps of a size whose median counts
+FIRST_TOKENS = 48  # of a step, until the first was timed
+MIN_CHUNK = 8  # a prompt always gets on
+
+
+class Pace:
+    """Seconds of steps by their number of tokens, in classes of powers of two. One thread uses it."""
+
+    def __init__(self):
+        self._samples: dict[int, collections.deque[tuple[float, int]]] = {}
+        self._curve: list[tuple[int, float]] | None = None
+
+    def on_step(self, num_tokens: int, seconds: float) -> None:
+        """A step of so many tokens took so long on the device."""
+        size = num_tokens.bit_length()
+        self._samples.setdefault(size, collections.deque(maxlen=SAMPLES)).append((seconds, num_tokens))
+        self._curve = None
+
+    def seconds(self, num_tokens: int) -> float:
+        """What a step of so many tokens takes: by those measured, and outside them in proportion. 0 when none was."""
+        curve = self._points()
+        if not curve:
+            return 0.0
+        place = bisect.bisect_left(curve, (num_tokens, 0.0))
+        tokens, seconds = curve[max(0, place - 1)]
+        if place in (0, len(curve)):
+            return seconds * num_tokens / tokens
+        more, longer = curve[place]
+        return seconds + (longer - seconds) * (num_tokens - tokens) / (more - tokens)
+
+    def chunk(self, num_decode: int, most: int) -> int:
+        """Prompt tokens that may join a step with so many decodes, MIN_CHUNK to `most`."""
+        if not self._points():
+            return min(most, max(MIN_CHUNK, FIRST_TOKENS - num_decode))
+        limit_s = max(GAP_S, STRETCH * self.seconds(num_decode))
+        fits, too_many = min(MIN_CHUNK, most), most + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self.seconds(num_decode + middle) <= limit_s:
+                fits = middle
+            else:
+                too_many = middle
+        return fits
+
+    def _points(self):
+        """(tokens, seconds) of each class measured, both growing."""
+        if self._curve is None:
+            self._curve, longest = [], 0.0
+            for _, samples in sorted(self._samples.items()):
+                seconds, tokens = (statistics.median_low(column) for column in zip(*samples, strict=True))
+                longest = max(longest, seconds)
+                self._curve.append((int(tokens), longest))
+        return self._curve
