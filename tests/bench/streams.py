@@ -116,8 +116,8 @@ def main():
         found = asyncio.run(measure(args.streams, args.tokens, rate, args.profile and rate is None))
         offered = f"{rate:,.0f}" if rate else "all it can"
         print(
-            f"{offered:>13}   {found['tokens_s']:>6,.0f}   {found['chunks_s']:>8,.0f}   {found['tokens_a_chunk']:>14.2f}"
-            f"   {found['us_a_chunk']:>10.1f}   {found['loop_busy']:>9.0%}   {found['bytes_a_chunk']:>13.0f}",
+            f"{offered:>13}   {found['tokens_s']:>6,.0f}   {found['chunks_s']:>8,.0f}   "
+            f"{found['tokens_a_chunk']:>14.2f}   {found['us_a_chunk']:>10.1f}   {found['loop_busy']:>9.0%}   {found['bytes_a_chunk']:>13.0f}",
             flush=True,
         )
 
