@@ -19,6 +19,7 @@ KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZATIONS = (None, "int8")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 MIB = 2**20
+SPREAD_BYTES = 256 * MIB  # of a host's memory that cached prefixes may take while nobody needs it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class EnginePlan:
 
     Attributes:
         page_columns: columns of the page table, ceil(max_model_len / page_size).
+        num_spread_pages: see runtime.pages.PagePool.
         num_logprobs: static width of the top-logprobs arrays of a step.
         reasons: (name, value, why) rows, for the table printed at start.
     """
@@ -132,6 +134,7 @@ class EnginePlan:
     page_size: int
     num_pages: int
     page_columns: int
+    num_spread_pages: int | None = None
     num_logprobs: int
     logprobs_mode: str
     stacked: bool
@@ -273,7 +276,7 @@ def settle(
         most = max_num_seqs * page_columns * page_bytes
         kv_bytes = min(2**31, max(0, memory.free - weight_bytes) // 4, most)
         kv_bytes = max(kv_bytes, min(page_columns * page_bytes, max(0, memory.free - weight_bytes) // 2))
-        why = "2 GiB, or a quarter of free memory; touched only as used"
+        why = f"2 GiB, or a quarter of free memory; taken as used, {SPREAD_BYTES // MIB} MiB by cached prefixes alone"
     else:
         kv_bytes, why = (
             limit - weight_bytes - 512 * MIB * num_devices,
@@ -311,6 +314,7 @@ def settle(
         page_size=page_size,
         num_pages=num_pages,
         page_columns=page_columns,
+        num_spread_pages=SPREAD_BYTES // page_bytes if on_cpu else None,
         num_logprobs=max(1, min(max_logprobs, vocab_size)),
         logprobs_mode=config.logprobs_mode,
         stacked=config.stacked if config.stacked is not None else not on_cpu,

@@ -66,7 +66,12 @@ class Engine:
         self.metrics = metrics
         self.admission = Admission(loaded)
         self.scheduler = Scheduler(
-            PagePool(plan.num_pages, plan.page_size, caches_prefixes=plan.enable_prefix_caching),
+            PagePool(
+                plan.num_pages,
+                plan.page_size,
+                caches_prefixes=plan.enable_prefix_caching,
+                num_spread=plan.num_spread_pages,
+            ),
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             max_model_len=plan.max_model_len,

@@ -73,6 +73,8 @@ class PagePool:
         num_pages: P.
         page_size: B.
         caches_prefixes: False turns the prefix cache off; nothing is hashed then.
+        num_spread: past so many pages ever used, the oldest cached prefix is given up before a page that was never
+            used is begun: a host gives memory to a page only when it is first written. None for all.
         hash_bytes: replaced in tests, to force collisions.
 
     Attributes:
@@ -85,6 +87,7 @@ class PagePool:
         page_size: int,
         *,
         caches_prefixes: bool = True,
+        num_spread: int | None = None,
         hash_bytes: Callable[[bytes], bytes] = strong_hash,
     ):
         self.num_pages = num_pages
@@ -94,7 +97,9 @@ class PagePool:
         self.hit_tokens = 0
         self._hash = hash_bytes
         self._secret = secrets.token_bytes(16)
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._num_spread = num_pages if num_spread is None else num_spread
+        self._untouched = list(range(num_pages - 1, -1, -1))
+        self._free: list[int] = []
         self._holders = [0] * num_pages
         self._cached_as: list[CachedPage | None] = [None] * num_pages
         self._found: dict[bytes, CachedPage] = {}
@@ -103,7 +108,7 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that hold nothing worth keeping."""
-        return len(self._free)
+        return len(self._free) + len(self._untouched)
 
     @property
     def num_cached(self) -> int:
@@ -113,7 +118,7 @@ class PagePool:
     @property
     def num_available(self) -> int:
         """Pages that take() can give."""
-        return len(self._free) + len(self._idle)
+        return self.num_free + len(self._idle)
 
     @property
     def num_used(self) -> int:
@@ -134,8 +139,12 @@ class PagePool:
         if count > self.num_available:
             raise LookupError(f"{count} pages asked, {self.num_available} of {self.num_pages} available")
         while len(self._free) < count:
-            page, _ = self._idle.popitem(last=False)
-            self._forget(page)
+            spreads = self.num_pages - len(self._untouched) < self._num_spread or not self._idle
+            if spreads and self._untouched:
+                page = self._untouched.pop()
+            else:
+                page, _ = self._idle.popitem(last=False)
+                self._forget(page)
             self._free.append(page)
         cut = len(self._free) - count
         pages = self._free[cut:]
@@ -261,11 +270,12 @@ class PagePool:
         if held != dict(counted):
             wrong = sorted(page for page in held | counted if held.get(page) != counted.get(page))
             raise AssertionError(f"holders differ for pages {wrong[:8]}: counted {counted}, recorded {held}")
-        places = sorted([*self._free, *self._idle, *held])
+        free = self._free + self._untouched
+        places = sorted([*free, *self._idle, *held])
         if places != list(range(self.num_pages)):
-            raise AssertionError(f"free {self._free}, cached {list(self._idle)}, used {sorted(held)} are not all pages")
+            raise AssertionError(f"free {free}, cached {list(self._idle)}, used {sorted(held)} are not all pages")
         published = {cached.page: cached for cached in self._cached_as if cached is not None}
         if sorted(published) != sorted(cached.page for cached in self._found.values()):
             raise AssertionError("the hash table and the pages disagree about what is published")
-        if not set(self._idle) <= set(published) or set(self._free) & set(published):
+        if not set(self._idle) <= set(published) or set(free) & set(published):
             raise AssertionError("a cached page has no hash, or a free page still has one")

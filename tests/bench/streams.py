@@ -117,7 +117,8 @@ def main():
         offered = f"{rate:,.0f}" if rate else "all it can"
         print(
             f"{offered:>13}   {found['tokens_s']:>6,.0f}   {found['chunks_s']:>8,.0f}   "
-            f"{found['tokens_a_chunk']:>14.2f}   {found['us_a_chunk']:>10.1f}   {found['loop_busy']:>9.0%}   {found['bytes_a_chunk']:>13.0f}",
+            f"{found['tokens_a_chunk']:>14.2f}   {found['us_a_chunk']:>10.1f}   "
+            f"{found['loop_busy']:>9.0%}   {found['bytes_a_chunk']:>13.0f}",
             flush=True,
         )
 

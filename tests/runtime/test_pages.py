@@ -55,6 +55,17 @@ def test_pages_without_a_hash_are_free_when_released():
     assert (pool.num_free, pool.num_cached) == (5, 0)
 
 
+def test_an_untouched_page_is_begun_only_when_the_cache_has_spread_far_enough():
+    pool = PagePool(9, PAGE, num_spread=5)
+    first = keys_of(pool)
+    pool.release(publish_all(pool, first))
+    pool.release(publish_all(pool, keys_of(pool, PROMPT + 100)))  # 3 more pages: two begun, one given up
+    assert len(found(pool, first)) == 2 and pool.num_cached == 5
+    assert sorted(pool.take(5)) == [0, 1, 2, 3, 4] and pool.num_cached == 0
+    assert sorted(pool.take(4)) == [5, 6, 7, 8]  # asked for, they are there
+    pool.audit([[0, 1, 2, 3, 4], [5, 6, 7, 8]])
+
+
 def test_a_released_prefix_is_found_and_revived():
     pool = PagePool(5, PAGE)
     keys = keys_of(pool)
@@ -270,6 +281,6 @@ def test_audit_notices_every_difference(tables, says):
 
 def test_audit_notices_a_lost_page():
     pool = PagePool(3, PAGE)
-    pool._free.pop()
+    pool._untouched.pop()
     with pytest.raises(AssertionError, match="are not all pages"):
         pool.audit([])

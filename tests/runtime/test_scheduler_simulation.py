@@ -169,7 +169,13 @@ class World:
         if self.is_tight:
             self.max_model_len = min(40, num_pages * self.page_size + 1)
         hash_bytes = rng.choice((strong_hash, strong_hash, strong_hash, weak_hash))
-        self.pool = PagePool(num_pages, self.page_size, caches_prefixes=rng.random() < 0.8, hash_bytes=hash_bytes)
+        self.pool = PagePool(
+            num_pages,
+            self.page_size,
+            caches_prefixes=rng.random() < 0.8,
+            num_spread=rng.choice((None, num_pages // 2)),
+            hash_bytes=hash_bytes,
+        )
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=num_slots,
