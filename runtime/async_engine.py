@@ -34,6 +34,7 @@ class AsyncEngine:
         self.engine = engine
         self.tokenizer = engine.tokenizer
         self.metrics = engine.metrics
+        self.plan = engine.plan
         self.max_model_len = engine.plan.max_model_len
         self.vocab_size = engine.plan.vocab_size
         self.chat_template = engine.loaded.checkpoint.chat_template

@@ -38,8 +38,9 @@ async def read_json(request: Request, model: type[Model], otherwise: type[Other]
     """
 
     def understand(value):
-        is_other = otherwise is not None and "messages" in value and "prompt" not in value
-        return validated(otherwise if is_other else model, value)
+        if otherwise is not None and "messages" in value and "prompt" not in value:
+            return validated(otherwise, value)
+        return validated(model, value)
 
     return await read_as(request, understand)
 

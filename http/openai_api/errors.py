@@ -1,8 +1,10 @@
 """One table from exceptions to OpenAI error bodies. Routes raise; they do not catch."""
 
 import asyncio
+import itertools
 import logging
 import math
+import re
 from typing import Any, cast
 
 import orjson
@@ -44,6 +46,9 @@ KIND = {
 }
 VALIDATION_KIND = "Bad Request"
 MAX_SHOWN_ERRORS = 5
+UNION_MEMBER = re.compile(
+    r"str|int|float|bool|[A-Z]\w*|\w+(-\w+)*\[.*"
+)  # what pydantic adds to a path that tries types
 OUR_FAULT = "internal error; the server log has the details"
 
 
@@ -52,11 +57,22 @@ class InvalidBody(Exception):
 
     def __init__(self, details: list[dict]):
         super().__init__(str(details))
-        self.param = ".".join(map(str, details[0]["loc"][1:])) or None if details else None
+        first = details[0]
+        where = () if first["type"] == "json_invalid" else first["loc"][1:]  # there it is a position, not a field
+        names = itertools.takewhile(lambda name: not UNION_MEMBER.fullmatch(name), map(str, where))
+        self.param = ".".join(names) or None
 
     @classmethod
     def of(cls, kind: str, message: str, *where: str | int) -> "InvalidBody":
         return cls([{"type": kind, "loc": ("body", *where), "msg": message}])
+
+
+class WrongField(ValueError):
+    """Raised by a check of a whole body, which pydantic blames on no field; `param` is the one."""
+
+    def __init__(self, message: str, param: str):
+        super().__init__(message)
+        self.param = param
 
 
 class Refused(SanicException):
@@ -90,8 +106,9 @@ def body_of(error: BaseException) -> dict:
 def details_of(error: pydantic.ValidationError) -> list[dict]:
     """Pydantic's list, with what the caller sent shortened."""
     details = []
-    for item in error.errors(include_url=False, include_context=False)[:MAX_SHOWN_ERRORS]:
-        where = ("body", *item["loc"])
+    for item in error.errors(include_url=False)[:MAX_SHOWN_ERRORS]:
+        cause = item.get("ctx", {}).get("error")
+        where = ("body", *item["loc"], *([cause.param] if isinstance(cause, WrongField) else []))
         value = item["input"]
         short = value if isinstance(value, int | float | None) else shown(str(value))
         details.append({"type": item["type"], "loc": where, "msg": item["msg"], "input": short})

@@ -27,7 +27,7 @@ def test_invocations_take_every_form(server, body, kind):
     "body, says, param",
     [
         ({}, "Cannot find suitable handler for request. Expected one of: ['ChatRequest', 'CompletionRequest']", None),
-        ({"messages": USER, "top_logprobs": -5}, "`top_logprobs` must be a positive value", None),
+        ({"messages": USER, "top_logprobs": -5}, "`top_logprobs` must be a positive value", "top_logprobs"),
         ({"prompt": 3}, "prompt must be text", "prompt"),
         ({"prompt": "a", "n": 0}, "n must be at least 1", "n"),
     ],

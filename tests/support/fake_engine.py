@@ -1,7 +1,7 @@
 """An engine whose tokens are written down beforehand: the face of AsyncEngine, with no model behind it."""
 
 import asyncio
-import types
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import tiny_tokenizers
@@ -11,6 +11,15 @@ from runtime.metrics import EngineMetrics
 from runtime.params import SamplingParams
 from runtime.request import Prompt, RequestOutput, TokenLogprobs
 from runtime.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class FakePlan:
+    max_model_len: int
+    page_size: int = 16
+    num_pages: int = 64
+    kv_dtype: str = "bfloat16"
+    enable_prefix_caching: bool = True
 
 
 class FakeEngine:
@@ -44,10 +53,8 @@ class FakeEngine:
         self.vocab_size = self.tokenizer.vocab_size
         self.default_sampling: dict = {}
         self.compiler = None
-        plan = types.SimpleNamespace(
-            max_model_len=max_model_len, page_size=16, num_pages=64, kv_dtype="bfloat16", enable_prefix_caching=True
-        )
-        self.metrics = EngineMetrics(plan)
+        self.plan = FakePlan(max_model_len)
+        self.metrics = EngineMetrics(self.plan)
         self.script, self.step_s = script, step_s
         self.is_healthy = self.is_accepting = True
         self.is_full = False

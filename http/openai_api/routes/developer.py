@@ -25,8 +25,7 @@ async def server_info(request: Request) -> HTTPResponse:
     context = request.app.ctx
     server = dataclasses.asdict(context.config)
     server["api_keys"] = ["hidden"] * len(server["api_keys"])
-    plan = getattr(getattr(context.engine, "engine", None), "plan", None)
-    settings = {"server": server, "engine": dataclasses.asdict(plan) if dataclasses.is_dataclass(plan) else None}
+    settings = {"server": server, "engine": dataclasses.asdict(context.engine.plan)}
     return whole_json({"vllm_config": settings if form == "json" else str(settings)})
 
 

@@ -26,7 +26,7 @@ def _refusing(task: str):
     @operation(f"{task}: not supported by the served model", refusals=(400, 401), is_refused=True)
     @counted
     async def refuse(request: Request):
-        raise RequestRefused(f"The model does not support {task} API; it generates text", "model")
+        raise RequestRefused(f"The model does not support {task} API; it generates text")
 
     return refuse
 

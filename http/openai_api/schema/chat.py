@@ -6,6 +6,7 @@ import pydantic
 from pydantic import Field
 
 from openai_api.config import Limits
+from openai_api.errors import WrongField
 from openai_api.schema.sampling import Body, SamplingFields
 from runtime.beam import BeamParams
 from runtime.chat.messages import MEDIA_PARTS
@@ -68,7 +69,7 @@ class ChatFields(Body):
     def _one_ending(self):
         explicit = "add_generation_prompt" in self.model_fields_set
         if explicit and self.add_generation_prompt and self.continue_final_message:
-            raise ValueError(BOTH_FLAGS)
+            raise WrongField(BOTH_FLAGS, "continue_final_message")
         return self
 
     @property
@@ -118,9 +119,9 @@ class ChatRequest(SamplingFields, ChatFields):
         top = self.top_logprobs
         if top is not None:
             if top < 0 and top != -1:
-                raise ValueError("`top_logprobs` must be a positive value or -1.")
+                raise WrongField("`top_logprobs` must be a positive value or -1.", "top_logprobs")
             if top and not self.logprobs:
-                raise ValueError("when using `top_logprobs`, `logprobs` must be set to true.")
+                raise WrongField("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -133,23 +134,28 @@ class ChatRequest(SamplingFields, ChatFields):
         if choice == "none":
             return self
         if self.tools is None:
-            raise ValueError("When using `tool_choice`, `tools` must be set.")
+            raise WrongField("When using `tool_choice`, `tools` must be set.", "tool_choice")
         if isinstance(choice, dict):
-            function = choice.get("function")
-            if not isinstance(function, dict):
-                raise ValueError(f"`tool_choice` must have a `function` object. {CORRECT_USAGE}")
-            if not isinstance(function.get("name"), str) or not function["name"]:
-                raise ValueError(f"`tool_choice` must name its function. {CORRECT_USAGE}")
-            if function["name"] not in {tool.function.name for tool in self.tools}:
-                raise ValueError("The tool specified in `tool_choice` does not match any of the specified `tools`")
+            self._check_named(choice)
         elif choice not in ("auto", "required"):
-            raise ValueError(
+            raise WrongField(
                 f"Invalid value for `tool_choice`: {str(choice)[:60]}! "
-                'Only named tools, "none", "auto" or "required" are supported.'
+                'Only named tools, "none", "auto" or "required" are supported.',
+                "tool_choice",
             )
         elif not self.tools:
             self.tool_choice = "none"
         return self
+
+    def _check_named(self, choice):
+        function = choice.get("function")
+        if not isinstance(function, dict):
+            raise WrongField(f"`tool_choice` must have a `function` object. {CORRECT_USAGE}", "tool_choice")
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            raise WrongField(f"`tool_choice` must name its function. {CORRECT_USAGE}", "tool_choice")
+        if function["name"] not in {tool.function.name for tool in self.tools or ()}:
+            message = "The tool specified in `tool_choice` does not match any of the specified `tools`"
+            raise WrongField(message, "tool_choice")
 
     @property
     def limit(self) -> int | None:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from openai_api import request_log
 from openai_api.config import Limits, ServerConfig
+from openai_api.errors import WrongField
 from openai_api.respond import event
 from openai_api.schema.logprobs import TokenNames, completion_logprobs, prompt_logprobs
 from openai_api.schema.sampling import SamplingFields
@@ -69,9 +70,9 @@ class CompletionRequest(SamplingFields):
     @pydantic.model_validator(mode="after")
     def _has_prompt(self):
         if self.prompt in (None, "") and not self.prompt_embeds:
-            raise ValueError(NEEDS_PROMPT)
+            raise WrongField(NEEDS_PROMPT, "prompt")
         if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError("`logprobs` must be a positive value.")
+            raise WrongField("`logprobs` must be a positive value.", "logprobs")
         return self
 
     @property

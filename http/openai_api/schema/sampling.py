@@ -11,6 +11,7 @@ import pydantic
 from pydantic import Field
 
 from openai_api.config import Limits
+from openai_api.errors import WrongField
 from runtime.beam import BeamParams
 from runtime.errors import RequestRefused, shown
 from runtime.params import INT64, SamplingParams
@@ -141,12 +142,12 @@ class SamplingFields(Body):
     @pydantic.model_validator(mode="after")
     def _goes_with_stream(self):
         if self.stream_options is not None and not self.stream:
-            raise ValueError("Stream options can only be defined when `stream=True`.")
+            raise WrongField("Stream options can only be defined when `stream=True`.", "stream_options")
         if self.prompt_logprobs is not None:
             if self.stream and (self.prompt_logprobs > 0 or self.prompt_logprobs == -1):
-                raise ValueError("`prompt_logprobs` are not available when `stream=True`.")
+                raise WrongField("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
             if self.prompt_logprobs < 0 and self.prompt_logprobs != -1:
-                raise ValueError("`prompt_logprobs` must be a positive value or -1.")
+                raise WrongField("`prompt_logprobs` must be a positive value or -1.", "prompt_logprobs")
         return self
 
     @property
