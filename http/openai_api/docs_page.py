@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from openai_api.openapi import EVENTS, JSON, resolve
+from openai_api.openapi import EVENTS, JSON, event_data, resolve
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 STYLE = """
@@ -61,17 +61,16 @@ def _operation(document, path, method, operation):
             parts.append(f"<h3>Body: {_kind(form)}</h3>{_fields(resolve(document, form))}")
     parts.append("<h3>Answers</h3><table>")
     for status, answer in operation["responses"].items():
-        kinds = [_kind(c["schema"].get("x-event", c["schema"])) + _media(media) for media, c in _content(answer)]
+        kinds = [_carried(media, content["schema"]) for media, content in answer.get("content", {}).items()]
         parts.append(f"<tr><td>{status}<td>{'; '.join(kinds)}<td>{_text(answer['description'])}")
     return f"<details>{''.join(parts)}</table></details>"
 
 
-def _content(answer):
-    return answer.get("content", {}).items()
-
-
-def _media(media):
-    return " in events" if media == EVENTS else "" if media == JSON else f" ({_text(media)})"
+def _carried(media, schema):
+    """What an answer holds: a kind of object, alone or in events, or a text of some media type."""
+    if media == EVENTS:
+        return f"{_kind(event_data(schema))} in events"
+    return _kind(schema) if media == JSON else f"{_kind(schema)} ({_text(media)})"
 
 
 def _schema(document, name, schema):

@@ -10,6 +10,7 @@ from fake_engine import FakeEngine
 from live_server import LiveServer
 
 from openai_api.config import ServerConfig
+from openai_api.openapi import event_data
 from openai_api.schema.chat import ChatRequest
 from openai_api.schema.completions import CompletionRequest
 
@@ -111,7 +112,7 @@ def test_an_event_is_as_described(server, document, path, body):
     *events, done = server.events(path, body | {"stream_options": options})
     assert done == "[DONE]" and len(events) > 2
     for event in events:
-        check(document, content["schema"]["x-event"], event)
+        check(document, event_data(content["schema"]), event)
 
 
 def test_an_error_in_a_stream_is_as_described(serve):

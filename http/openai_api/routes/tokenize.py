@@ -7,7 +7,7 @@ from sanic import Blueprint, HTTPResponse, Request
 from openai_api.body import read_json
 from openai_api.errors import Refused
 from openai_api.gate import counted
-from openai_api.operations import operation
+from openai_api.operations import OF_BODIES, operation
 from openai_api.prompts import encode
 from openai_api.respond import whole_json
 from openai_api.schema.answers import Detokenized, TokenizerInfo, Tokens
@@ -20,7 +20,9 @@ info = Blueprint("tokenizer_info")
 
 
 @blueprint.post("/tokenize", stream=True)
-@operation("Token ids of a text, or of a conversation", TokenizeText, TokenizeChat, answer=Tokens)
+@operation(
+    "Token ids of a text, or of a conversation", TokenizeText, TokenizeChat, answer=Tokens, refusals=(*OF_BODIES, 501)
+)
 @counted
 async def tokenize(request: Request) -> HTTPResponse:
     body = await read_json(request, TokenizeText, TokenizeChat)
