@@ -5,6 +5,7 @@
 #   make test      the fast tests alone        make slow    those that take longer or need weights
 #   make fix       format and mend             make bench   the tables of tests/bench; BENCH=name for one
 #   make parity    Hugging Face's own code over the golden checkpoints, compared; torch gets a venv of its own
+#   make clients   other people's clients against a real server, each in a venv of its own; CLIENTS=name for one
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := check
@@ -19,6 +20,16 @@ ARGS ?=
 BENCH ?= $(basename $(notdir $(wildcard tests/bench/*.py)))
 PARITY_VENV := .cache/parity
 PARITY := $(PARITY_VENV)/.ready
+CLIENT_VENVS := .cache/clients
+CLIENTS ?= openai2 openai3 langchain litellm instructor lm_eval aiperf
+NEEDS_openai2 := 'openai>=2,<3'
+NEEDS_openai3 := 'openai>=3,<4'
+NEEDS_langchain := langchain-openai
+NEEDS_litellm := litellm mcp
+NEEDS_instructor := instructor
+NEEDS_lm_eval := 'lm-eval[api]' transformers
+NEEDS_aiperf := aiperf
+CLIENT_PYTEST := -m pytest -q -m clients -o addopts= -W ignore -p no:cacheprovider --import-mode=importlib
 # Tests mostly compile; two at a time suit two cores.
 WORKERS ?= 2
 
@@ -33,7 +44,7 @@ echo "no Python 3.11 or newer with the venv module was found; install one (on De
 exit 1
 endef
 
-.PHONY: serve check test slow fix parity bench lint types clean
+.PHONY: serve check test slow fix parity clients bench lint types clean
 
 serve: $(READY)
 	$(PY) -m runtime.serve $(MODEL) --port $(PORT) $(ARGS)
@@ -62,6 +73,20 @@ parity: $(PARITY)
 
 bench: $(READY)
 	@for name in $(BENCH); do echo "== $$name"; $(PY) -m tests.bench.$$name $(ARGS) || exit 1; done
+
+clients: $(CLIENTS:%=client-%)
+
+.PRECIOUS: $(CLIENT_VENVS)/%/.ready
+# openai2 and openai3 are one file, test_openai_client.py.
+client-%: $(READY) $(CLIENT_VENVS)/%/.ready
+	@echo "== $*"
+	SERVER_PYTHON=$(abspath $(PY)) $(CLIENT_VENVS)/$*/bin/python $(CLIENT_PYTEST) \
+	  tests/clients/test_$(if $(filter openai%,$*),openai_client,$*).py $(ARGS)
+
+$(CLIENT_VENVS)/%/.ready: Makefile
+	@if ! [ -x $(@D)/bin/python ]; then python=$$($(FIND_PYTHON)) && "$$python" -m venv $(@D); fi
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check pytest pytest-asyncio httpx $(NEEDS_$*)
+	@touch $@
 
 $(PARITY):
 	@if ! [ -x $(PARITY_VENV)/bin/python ]; then \

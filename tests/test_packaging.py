@@ -141,7 +141,7 @@ class Editable:
     def find_spec(name, path=None, target=None):
         if name in places:
             return importlib.util.spec_from_file_location(name, places[name] / "__init__.py")
-sys.meta_path.append(Editable)
+sys.meta_path[:] = [*(f for f in sys.meta_path if "editable" not in getattr(f, "__module__", "")), Editable]
 """
     output = run([sys.executable, "-c", finder + REPORT], cwd=a_users_folder)
     assert places(output, ROOT) == [*CHECKOUT, "http/openai_api/__init__.py"]

@@ -88,7 +88,8 @@ class Readers:
 
     def tool_schema(self) -> dict | None:
         """What a named or required choice makes the reply be."""
-        return tools.reply_schema(self._tools, self._body.tool_choice)
+        body = self._body
+        return tools.reply_schema(self._tools, body.tool_choice, at_most_one=body.parallel_tool_calls is False)
 
     def _parsers(self):
         name = self._reasoning_name

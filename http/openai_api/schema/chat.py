@@ -109,7 +109,7 @@ class ChatRequest(SamplingFields, ChatFields):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     tool_choice: Annotated[Any, pydantic.WithJsonSchema(TOOL_CHOICE)] = None
-    parallel_tool_calls: bool | None = False
+    parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["low", "medium", "high"] | None = None
     include_reasoning: bool = True
     echo: bool = False

@@ -49,7 +49,8 @@ def completion_logprobs(
         if entry is not None:
             top = {}
             for other_id, logprob, _ in ranked(entry)[: count + 1]:
-                top.setdefault(names.text(other_id), max(logprob, LOWEST))
+                other = names.text(other_id)  # pieces of characters read alike; the likeliest stands for them
+                top[other] = max(logprob, top.get(other, LOWEST))
         result["top_logprobs"].append(top)
     return result
 

@@ -11,6 +11,16 @@ from runtime.grammar.schema_check import check_depth, prepare_schema, rebase_ref
 MAX_TOOLS = 128
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 NO_ARGUMENTS = {"type": "object", "properties": {}}
+# Keywords under which a property that is not listed may be meant.
+OTHER_PROPERTIES = {
+    "additionalProperties",
+    "patternProperties",
+    "unevaluatedProperties",
+    "allOf",
+    "anyOf",
+    "oneOf",
+    "$ref",
+}
 
 
 def check_tools(tools: Sequence[dict]) -> None:
@@ -41,8 +51,11 @@ def check_tools(tools: Sequence[dict]) -> None:
         raise RequestRefused(f"the tools take {size:,} bytes; the limit is {MAX_SCHEMA_BYTES:,}.", "tools")
 
 
-def reply_schema(tools: Sequence[dict], tool_choice) -> dict | None:
+def reply_schema(tools: Sequence[dict], tool_choice, at_most_one: bool = False) -> dict | None:
     """The JSON schema that a named or required choice makes the reply satisfy; None for any other choice.
+
+    Args:
+        at_most_one: a required choice makes one call and no more.
 
     Raises:
         RequestRefused: the choice is not among the tools, or two tools define one `$defs` name differently.
@@ -55,14 +68,17 @@ def reply_schema(tools: Sequence[dict], tool_choice) -> dict | None:
         raise RequestRefused(
             "The tool specified in `tool_choice` does not match any of the specified `tools`", "tool_choice"
         )
-    return _calls_schema(tools) if tool_choice == "required" and tools else None
+    return _calls_schema(tools, at_most_one) if tool_choice == "required" and tools else None
 
 
 def _parameters(tool) -> dict:
-    return tool["function"].get("parameters") or NO_ARGUMENTS
+    """Its schema; an argument that is not among the properties would be one that the function does not take."""
+    schema = tool["function"].get("parameters") or NO_ARGUMENTS
+    is_open = "properties" in schema and not schema.keys() & OTHER_PROPERTIES
+    return schema | {"additionalProperties": False} if is_open else schema
 
 
-def _calls_schema(tools) -> dict:
+def _calls_schema(tools, at_most_one) -> dict:
     """A list of calls. Each tool's schema goes under $defs, and its own references follow it there."""
     _check_defs(tools)
     defs, options = {}, []
@@ -79,7 +95,8 @@ def _calls_schema(tools) -> dict:
                 "additionalProperties": False,
             }
         )
-    return {"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": options}, "$defs": defs}
+    calls = {"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": options}, "$defs": defs}
+    return calls | {"maxItems": 1} if at_most_one else calls
 
 
 def _check_defs(tools):

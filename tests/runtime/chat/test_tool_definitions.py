@@ -82,6 +82,29 @@ def test_a_required_choice_asks_for_a_list_of_calls():
     assert [text for text in bad if matches(found, text)] == []
 
 
+def test_a_required_choice_may_be_held_to_one_call():
+    schema = tools.reply_schema(TOOLS, "required", at_most_one=True)
+    found = compiler().compile_now(Constraint.from_request(tool_schema=schema))
+    call = '{"name":"now","parameters":{}}'
+    assert matches(found, f"[{call}]") and not matches(found, f"[{call},{call}]")
+    assert matches(compiled("required"), f"[{call},{call}]")
+
+
+@pytest.mark.parametrize(
+    "parameters, fits",
+    [
+        (None, False),
+        ({"properties": {"a": {"type": "null"}}}, False),
+        ({"properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "integer"}}, True),
+        ({"type": "object"}, True),
+    ],
+)
+def test_arguments_that_are_not_listed_are_not_made_up(parameters, fits):
+    schema = tools.reply_schema([tool("where", parameters)], NAMED)
+    found = compiler().compile_now(Constraint.from_request(tool_schema=schema))
+    assert matches(found, "{}") and matches(found, '{"made_up": 1}') == fits
+
+
 def test_whatever_is_drawn_under_a_required_choice_parses():
     schema = tools.reply_schema(TOOLS, "required")
     for seed in range(12):
