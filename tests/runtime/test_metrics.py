@@ -13,6 +13,53 @@ PLAN = types.SimpleNamespace(
 )
 
 
+LENGTHS = (1, 2, 5, 10, 20, 50, 100)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+FIRST_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+FIRST_S += (640, 2560)
+EACH_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+WHOLE_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+# What dashboards for vLLM of 2025-10-17 ask for: the type, and the bounds of a histogram.
+DOCUMENTED = {
+    "vllm:num_requests_running": "gauge",
+    "vllm:num_requests_waiting": "gauge",
+    "vllm:kv_cache_usage_perc": "gauge",
+    "vllm:prefix_cache_queries": "counter",
+    "vllm:prefix_cache_hits": "counter",
+    "vllm:mm_cache_queries": "counter",
+    "vllm:mm_cache_hits": "counter",
+    "vllm:num_preemptions": "counter",
+    "vllm:prompt_tokens": "counter",
+    "vllm:generation_tokens": "counter",
+    "vllm:request_success": "counter",
+    "vllm:request_prompt_tokens": LENGTHS,
+    "vllm:request_generation_tokens": LENGTHS,
+    "vllm:request_max_num_generation_tokens": LENGTHS,
+    "vllm:request_params_max_tokens": LENGTHS,
+    "vllm:request_params_n": (1, 2, 5, 10, 20),
+    "vllm:iteration_tokens_total": TOKENS,
+    "vllm:time_to_first_token_seconds": FIRST_S,
+    "vllm:inter_token_latency_seconds": EACH_S,
+    "vllm:time_per_output_token_seconds": EACH_S,
+    "vllm:request_time_per_output_token_seconds": EACH_S,
+    "vllm:e2e_request_latency_seconds": WHOLE_S,
+    "vllm:request_queue_time_seconds": WHOLE_S,
+    "vllm:request_inference_time_seconds": WHOLE_S,
+    "vllm:request_prefill_time_seconds": WHOLE_S,
+    "vllm:request_decode_time_seconds": WHOLE_S,
+    "vllm:cache_config_info": "gauge",
+    "vllm:spec_decode_num_drafts": "counter",
+    "vllm:spec_decode_num_draft_tokens": "counter",
+    "vllm:spec_decode_num_accepted_tokens": "counter",
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "counter",
+    "http_requests": "counter",
+    "http_request_size_bytes": "summary",
+    "http_response_size_bytes": "summary",
+    "http_request_duration_highr_seconds": "histogram",
+    "http_request_duration_seconds": (0.1, 0.5, 1),
+}
+
+
 class FakeChoice:
     def __init__(self, n=1, index=0, num_prompt=3):
         self.key, self.index = "r", index
@@ -47,6 +94,36 @@ def run(metrics, num_tokens, ends_before_its_tokens=True):
             metrics.on_finish(choice, "length", now)
         metrics.on_tokens(new, now)
     return choice
+
+
+def test_every_documented_metric_has_its_type_and_bounds():
+    engine, http = EngineMetrics(PLAN), HttpMetrics()
+    engine.on_drafts(1, 1, [1])
+    run(engine, 2)
+    http.on_response("POST", "/v1/completions", 200, 0.2, 10, 100)
+    families = {f.name: f for f in text_string_to_metric_families(Exposition.of(engine, http).text().decode())}
+    assert DOCUMENTED.keys() - families.keys() == set()
+    for name, expected in DOCUMENTED.items():
+        family = families[name]
+        if isinstance(expected, str):
+            assert family.type == expected, name
+            continue
+        bounds = [float(s.labels["le"]) for s in family.samples if s.name == f"{name}_bucket"]
+        assert family.type == "histogram" and bounds == [*expected, float("inf")], name
+    for name in DOCUMENTED:
+        if name.startswith("vllm:"):
+            assert all(s.labels["engine"] == "0" for s in families[name].samples), name
+
+
+def test_times_of_a_request_are_split_at_its_first_step_and_first_token():
+    metrics = EngineMetrics(PLAN)
+    run(metrics, 5)  # arrived at 1, its first step at 2, tokens at 3 to 7
+    got = samples(metrics)
+    spent = {"queue": 1.0, "prefill": 1.0, "decode": 4.0, "inference": 5.0}
+    assert {name: got[f"vllm:request_{name}_time_seconds_sum",] for name in spent} == pytest.approx(spent)
+    assert got["vllm:request_time_per_output_token_seconds_sum",] == pytest.approx(1.0)
+    assert got["vllm:request_prompt_tokens_sum",] == 3 and got["vllm:request_generation_tokens_sum",] == 5
+    assert got["vllm:request_params_max_tokens_sum",] == 20
 
 
 def test_counts_of_whole_requests():

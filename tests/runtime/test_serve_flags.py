@@ -247,6 +247,21 @@ def test_the_environment_fills_in_and_flags_win():
         read("", VLLM_HTTP_TIMEOUT_KEEP_ALIVE="soon")
 
 
+@pytest.mark.parametrize(
+    "name, text, section, field, value",
+    [
+        ("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "7", "server", "keep_alive_s", 7.0),
+        ("VLLM_SERVER_DEV_MODE", "1", "server", "dev_mode", True),
+        ("VLLM_SERVER_DEV_MODE", "0", "server", "dev_mode", False),
+        ("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1", "start", "keep_alive_on_engine_death", True),
+        ("VLLM_LOGGING_LEVEL", "DEBUG", "start", "log_level", "DEBUG"),
+        ("HF_TOKEN", "t", "fetch", "token", "t"),
+    ],
+)
+def test_each_variable_of_the_environment_sets_its_field(name, text, section, field, value):
+    assert read("", **{name: text})[section][field] == value
+
+
 @pytest.mark.parametrize("line, environment", [("--api-key=", {}), ("", {"VLLM_API_KEY": ""})])
 def test_an_empty_key_never_means_open(line, environment):
     with pytest.raises(ConfigError, match="leave the server open"):
