@@ -13,6 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from runtime.banner import stage_of
+from runtime.chat.spelled import SpelledTokens
 from runtime.chat.template import ChatTemplate
 from runtime.choice import Choice, Gain
 from runtime.config import EngineConfig
@@ -93,6 +94,7 @@ class LLM:
         self.template = (
             ChatTemplate(source, self.tokenizer.special_tokens if self.tokenizer else {}) if source else None
         )
+        self._spelled = SpelledTokens(self.tokenizer)
         self._ids = itertools.count()
 
     def generate(
@@ -145,21 +147,20 @@ class LLM:
             raise RequestRefused(
                 "this model has no chat template; use generate() with a prompt of your own", "messages"
             )
-        template = self.template
+        endings = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         prompts = [
-            self.tokenizer.encode(
-                template.render(
-                    list(conversation),
-                    tools=tools,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    **({"kwargs": chat_template_kwargs} if chat_template_kwargs else {}),
-                ),
-                add_special_tokens=False,
-            )
-            for conversation in conversations
+            self._chat_ids({"messages": list(each), "tools": tools, "kwargs": chat_template_kwargs}, endings)
+            for each in conversations
         ]
         return self.generate(prompts, params, use_tqdm=use_tqdm)
+
+    def _chat_ids(self, given: dict[str, Any], endings: dict[str, bool]) -> list[int]:
+        """Token ids of a conversation, in which only the template's special tokens are special."""
+        hidden, stand_ins = self._spelled.hide(given)
+        text = self.template.render(hidden.pop("messages"), **hidden, **endings)
+        if stand_ins is None:
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.tokenizer.encode_spelled(stand_ins.unescape(text), stand_ins, add_special_tokens=False)
 
     def _prompt(self, prompt: str | list[int]) -> Prompt:
         if not isinstance(prompt, str):

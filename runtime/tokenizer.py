@@ -52,6 +52,50 @@ class Tokenizer:
         before, after = self._ends
         return [*before, *self.backend.encode(text, add_special_tokens=False).ids, *after]
 
+    def encode_spelled(self, text: str, stand_ins, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text in which characters stand for special tokens that are to be read as plain text.
+
+        Args:
+            stand_ins: see runtime.chat.spelled.
+        """
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        stretch: list[int] = []
+        start = 0
+
+        def flush(end):
+            part = text[start:end]
+            if stand_ins.are_in(part):
+                plain = self._plain if start == 0 else self._plain_within
+                ids.extend(plain.encode(stand_ins.restore(part), add_special_tokens=False).ids)
+            else:
+                ids.extend(stretch)
+
+        for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self.special_ids:
+                flush(first)
+                ids.append(token_id)
+                stretch, start = [], last
+            else:
+                stretch.append(token_id)
+        flush(len(text))
+        if not add_special_tokens:
+            return ids
+        bare, full = self.backend.encode("a", add_special_tokens=False).ids, self.encode("a")
+        at = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        return [*full[:at], *ids, *full[at + len(bare) :]]
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which no token is special."""
+        return _without_special(self.backend.to_str())
+
+    @functools.cached_property
+    def _plain_within(self) -> tokenizers.Tokenizer:
+        """The same for what does not begin a text, and so gets no space before it."""
+        text = self.backend.to_str()
+        return _without_special(text.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
+
     def decode(
         self, token_ids: Sequence[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
     ) -> str:
@@ -289,6 +333,12 @@ class _WindowDecoder:
             return ""
         self._before, self._new = self._new, []
         return text[len(old) :]
+
+
+def _without_special(text):
+    backend = tokenizers.Tokenizer.from_str(text)
+    backend.encode_special_tokens = True  # that is, as text
+    return backend
 
 
 def _byte_table(tokenizer, vocab, size):

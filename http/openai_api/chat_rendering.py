@@ -7,6 +7,7 @@ from openai_api.config import ServerConfig
 from openai_api.schema.chat import ChatFields
 from runtime.chat.messages import Media, convert
 from runtime.chat.sandbox import TemplateWorkers
+from runtime.chat.spelled import SpelledTokens, StandIns
 from runtime.chat.template import ChatTemplate
 from runtime.errors import RequestRefused
 
@@ -21,11 +22,18 @@ THREAD_LIMIT_S = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """text: the prompt. media: what its placeholders stand for. messages: as the template got them."""
+    """A chat as one text.
+
+    Attributes:
+        text: the prompt.
+        media: what its placeholders stand for.
+        hidden: the prompt with stand_ins in place of special tokens that a message spells; empty where none does.
+    """
 
     text: str
     media: list[Media]
-    messages: list[dict]
+    hidden: str = ""
+    stand_ins: StandIns | None = None
 
 
 class ChatRenderer:
@@ -41,6 +49,7 @@ class ChatRenderer:
         special_tokens = engine.tokenizer.special_tokens if engine.tokenizer is not None else {}
         wanted = config.chat_template_content_format
         self.template = ChatTemplate(source, special_tokens, None if wanted == "auto" else wanted)
+        self._spelled = SpelledTokens(engine.tokenizer)
         limits = config.limits
         self._workers = TemplateWorkers(limit_s=limits.template_timeout_s, max_memory_bytes=limits.template_memory)
 
@@ -68,12 +77,12 @@ class ChatRenderer:
         template = self.template if own is None else self.template.with_source(own)
         tools = body.tool_dicts if with_tools else []
         messages, media = convert(body.message_dicts(), template.content_format(bool(tools)), placeholder)
-        options = {
-            "tools": tools,
-            "documents": body.documents,
+        given = {"messages": messages, "tools": tools, "documents": body.documents, "kwargs": kwargs}
+        options, stand_ins = self._spelled.hide(given)
+        messages = options.pop("messages")
+        options |= {
             "add_generation_prompt": body.add_generation_prompt,
             "continue_final_message": body.continue_final_message,
-            "kwargs": kwargs,
         }
         if own is not None:
             variables = template.variables(messages, **options)
@@ -82,7 +91,10 @@ class ChatRenderer:
             text = template.render(messages, **options)
         else:
             text = await self._in_thread(template, messages, options)
-        return Rendered(text, media, messages)
+        if stand_ins is None:
+            return Rendered(text, media)
+        text = stand_ins.unescape(text)
+        return Rendered(stand_ins.restore(text), media, text, stand_ins)
 
     async def close(self) -> None:
         await self._workers.close()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
+from openai_api.chat_rendering import Rendered
 from runtime.errors import RequestRefused
 from runtime.request import Prompt
 from runtime.tokenizer import Tokenizer
@@ -82,7 +83,18 @@ async def completion_prompt(engine, item: str | list[int], body, adapter: str | 
     return Prompt(token_ids, text, cache_salt=body.cache_salt, adapter=adapter)
 
 
-async def chat_prompt(engine, text: str, body, adapter: str | None = None, media=None) -> Prompt:
+async def encode_chat(
+    tokenizer: Tokenizer, chat: Rendered, *, add_special_tokens: bool, limit: int | None = None, keep: int | None = None
+) -> list[int]:
+    """Token ids of a rendered chat, in which what people spell is no special token; otherwise as encode()."""
+    if chat.stand_ins is None:
+        return await encode(tokenizer, chat.text, add_special_tokens=add_special_tokens, limit=limit, keep=keep)
+    if limit is not None and keep is None and (fewest := tokenizer.fewest_tokens(chat.text)) > limit:
+        raise too_long(limit, fewest, at_least=True)
+    return await asyncio.to_thread(tokenizer.encode_spelled, chat.hidden, chat.stand_ins, add_special_tokens)
+
+
+async def chat_prompt(engine, chat: Rendered, body, adapter: str | None = None, media=None) -> Prompt:
     """The prompt of a rendered chat.
 
     Raises:
@@ -96,7 +108,7 @@ async def chat_prompt(engine, text: str, body, adapter: str | None = None, media
         raise RequestRefused(message, "truncate_prompt_tokens")
     keep = most if keep == -1 else keep
     add = body.add_special_tokens
-    token_ids = await encode(engine.tokenizer, text, add_special_tokens=add, limit=most, keep=keep)
+    token_ids = await encode_chat(engine.tokenizer, chat, add_special_tokens=add, limit=most, keep=keep)
     if keep is not None:
         token_ids = token_ids[-keep:]
     length, asked = len(token_ids), body.limit
@@ -109,7 +121,7 @@ async def chat_prompt(engine, text: str, body, adapter: str | None = None, media
             "max_tokens",
         )
     check_ids(token_ids, engine.vocab_size)
-    return Prompt(token_ids, text, media=media, cache_salt=body.cache_salt, adapter=adapter)
+    return Prompt(token_ids, chat.text, media=media, cache_salt=body.cache_salt, adapter=adapter)
 
 
 def room_for(engine, prompt: Prompt, asked: int | None) -> int:

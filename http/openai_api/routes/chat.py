@@ -32,7 +32,7 @@ async def answer(request: Request, body: ChatRequest):
     body.check_supported(config.limits)
     hides_tools = body.tool_choice == "none" and config.exclude_tools_when_tool_choice_none
     rendered = await context.chat.render(body, with_tools=not hides_tools)
-    prompt = await chat_prompt(engine, rendered.text, body, adapter)
+    prompt = await chat_prompt(engine, rendered, body, adapter)
     readers = Readers(body, config, rendered.text)
     constraint = await constraint_of(
         engine, config, body, tool_schema=readers.tool_schema(), starts_after=readers.starts_after

@@ -8,7 +8,7 @@ from openai_api.body import read_json
 from openai_api.errors import Refused
 from openai_api.gate import counted
 from openai_api.operations import OF_BODIES, operation
-from openai_api.prompts import encode
+from openai_api.prompts import encode, encode_chat
 from openai_api.respond import whole_json
 from openai_api.schema.answers import Detokenized, TokenizerInfo, Tokens
 from openai_api.schema.tokenize import DetokenizeRequest, TokenizeChat, TokenizeText
@@ -29,14 +29,15 @@ async def tokenize(request: Request) -> HTTPResponse:
     context = request.app.ctx
     engine = context.engine
     context.models.find(body.model)
+    add = body.add_special_tokens
     if isinstance(body, TokenizeText):
-        text = body.prompt
+        token_ids = await encode(engine.tokenizer, body.prompt, add_special_tokens=add)
     else:
         try:
-            text = (await context.chat.render(body)).text
+            chat = await context.chat.render(body)
         except UnknownPart as error:
             raise Refused(str(error), status_code=501) from None
-    token_ids = await encode(engine.tokenizer, text, add_special_tokens=body.add_special_tokens)
+        token_ids = await encode_chat(engine.tokenizer, chat, add_special_tokens=add)
     strings = [engine.tokenizer.piece(i) for i in token_ids] if body.return_token_strs else None
     return whole_json(
         {"count": len(token_ids), "max_model_len": engine.max_model_len, "tokens": token_ids, "token_strs": strings}
