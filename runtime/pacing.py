@@ -11,8 +11,8 @@ import statistics
 GAP_S = 0.12  # nobody who reads along minds such a gap between two tokens
 STRETCH = 1.5  # where decoding alone takes longer than that: how much longer a step may take for a prompt's sake
 SAMPLES = 5  # steps of a size whose median counts
-FIRST_TOKENS = 48  # of a step, until the first was timed
-MIN_CHUNK = 8  # a prompt always gets on
+MIN_TOKENS = 48  # of such a step, decodes and all: fewer would read the weights again for a handful of tokens
+MIN_CHUNK = 8  # with many decodes: a prompt always gets on
 
 
 class Pace:
@@ -41,11 +41,12 @@ class Pace:
         return seconds + (longer - seconds) * (num_tokens - tokens) / (more - tokens)
 
     def chunk(self, num_decode: int, most: int) -> int:
-        """Prompt tokens that may join a step with so many decodes, MIN_CHUNK to `most`."""
+        """Prompt tokens that may join a step with so many decodes, at most `most`."""
+        fits = min(most, max(MIN_CHUNK, MIN_TOKENS - num_decode))
         if not self._points():
-            return min(most, max(MIN_CHUNK, FIRST_TOKENS - num_decode))
+            return fits
         limit_s = max(GAP_S, STRETCH * self.seconds(num_decode))
-        fits, too_many = min(MIN_CHUNK, most), most + 1
+        too_many = most + 1
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
             if self.seconds(num_decode + middle) <= limit_s:

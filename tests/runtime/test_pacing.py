@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.pacing import FIRST_TOKENS, GAP_S, MIN_CHUNK, STRETCH, Pace
+from runtime.pacing import MIN_TOKENS, GAP_S, MIN_CHUNK, STRETCH, Pace
 
 
 def learned(cost, sizes=(1, 8, 32, 100, 256, 1000)):
@@ -22,7 +22,7 @@ FAST = lambda tokens: 0.010 + 0.00003 * tokens  # an accelerator
 def test_a_step_keeps_to_the_gap_and_uses_it(cost, num_decode):
     chunk = learned(cost).chunk(num_decode, 2048)
     limit = max(GAP_S, STRETCH * cost(num_decode))
-    assert cost(num_decode + chunk) <= 1.1 * limit
+    assert cost(num_decode + chunk) <= 1.1 * limit or num_decode + chunk == MIN_TOKENS
     assert chunk == 2048 or cost(num_decode + chunk) >= 0.85 * limit
 
 
@@ -35,7 +35,7 @@ def test_what_was_not_measured_is_taken_in_proportion():
 
 def test_before_the_first_step_a_chunk_is_small():
     assert Pace().seconds(8) == 0.0
-    assert [Pace().chunk(n, 1024) for n in (1, 40, 47, 200)] == [FIRST_TOKENS - 1, MIN_CHUNK, MIN_CHUNK, MIN_CHUNK]
+    assert [Pace().chunk(n, 1024) for n in (1, 40, 47, 200)] == [MIN_TOKENS - 1, MIN_CHUNK, MIN_CHUNK, MIN_CHUNK]
     assert Pace().chunk(1, 3) == 3
 
 
@@ -48,7 +48,7 @@ def test_one_slow_step_changes_nothing():
 
 def test_a_prompt_always_gets_on_and_never_past_the_room():
     pace = learned(lambda tokens: 5.0 * tokens)
-    assert pace.chunk(1, 1024) == MIN_CHUNK
+    assert [pace.chunk(n, 1024) for n in (1, 100)] == [MIN_TOKENS - 1, 50]
     assert [pace.chunk(1, room) for room in (0, 1, 7)] == [0, 1, 7]
 
 
