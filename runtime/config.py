@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import ConfigError
+from runtime.speculation import ON_CPU as speculation_on_cpu
 from runtime.speculation import Speculation
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -35,7 +36,8 @@ class EngineConfig:
         max_decode_chunk: prompt tokens that may join a step in which other requests decode; None for as many as keep
             the gap between their tokens short, going by how long steps take. See runtime.pacing.
         max_decode_steps: steps that one dispatch may run while every request decodes and none waits.
-        speculative_config: how tokens are drafted ahead; None for not at all. See runtime.speculation.
+        speculative_config: how tokens are drafted ahead, or {"num_speculative_tokens": 0} for not at all. See
+            runtime.speculation.
         block_size: tokens in a page.
         num_gpu_blocks_override: pages, when the caller knows better.
         kv_cache_memory_bytes: bytes for pages, all devices together.
@@ -239,8 +241,11 @@ def settle(
             f"max_num_batched_tokens {budget} is below max_num_seqs {max_num_seqs}; "
             "a step must have room for one token of every row"
         )
-    speculation = Speculation.read(config.speculative_config, usual_max_rows=4 if on_cpu else 32)
-    reasons.append(("speculation", str(speculation), "asked" if speculation.num_drafts else "not asked for"))
+    wish = config.speculative_config
+    usual = speculation_on_cpu if on_cpu and budget > speculation_on_cpu["num_speculative_tokens"] else None
+    speculation = Speculation.read(usual if wish is None else wish, usual_max_rows=4 if on_cpu else 32)
+    why = "asked" if wish is not None else "pays for a request that is alone" if usual else "not asked for"
+    reasons.append(("speculation", str(speculation), why))
     drafting = min(max_num_seqs, speculation.max_rows) * (1 + speculation.num_drafts)
     if budget < drafting:
         raise ConfigError(

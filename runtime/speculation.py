@@ -8,6 +8,9 @@ from runtime.errors import ConfigError
 
 KEYS = ("method", "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "disable_by_batch_size")
 MAX_DRAFTS = 32
+# Measured on two cores with 135M parameters: alone, a request that repeats its text gets 3.8 times as many tokens a
+# second, and prose loses nothing; with four at once prose loses a tenth.
+ON_CPU = {"method": "ngram", "num_speculative_tokens": 4, "disable_by_batch_size": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Speculation:
 
     @classmethod
     def read(cls, config: Mapping[str, Any] | None, usual_max_rows: int) -> "Speculation":
-        """Checks a speculative config; None is no speculation.
+        """Checks a speculative config; None is no speculation, and so is one with no tokens to draft.
 
         Args:
             usual_max_rows: max_rows when disable_by_batch_size is not given.
@@ -46,8 +49,11 @@ class Speculation:
         if "num_speculative_tokens" not in config:
             raise ConfigError(f"{where} lacks num_speculative_tokens, how many tokens to draft, such as 4")
         for key, value in config.items():
-            if key != "method" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"{where} {key} is {value!r}; it must be an integer from 1 up")
+            least = 0 if key == "num_speculative_tokens" else 1
+            if key != "method" and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{where} {key} is {value!r}; it must be an integer from {least} up")
+        if not config["num_speculative_tokens"]:
+            return cls()
         if (num_drafts := config["num_speculative_tokens"]) > MAX_DRAFTS:
             raise ConfigError(f"{where} num_speculative_tokens is {num_drafts}; at most {MAX_DRAFTS} can be drafted")
         longest = config.get("prompt_lookup_max", max(3, config.get("prompt_lookup_min", 1)))

@@ -33,6 +33,12 @@ def test_an_accelerator_gets_what_weights_and_a_step_leave():
     assert settled.stacked and settled.max_decode_steps == 8
 
 
+def test_a_cpu_drafts_for_a_request_that_is_alone():
+    assert (plan().speculation.num_drafts, plan().speculation.max_rows) == (4, 1)
+    assert plan(speculative_config={"num_speculative_tokens": 0}).speculation.num_drafts == 0
+    assert plan("tpu", {"memory": Memory(16 * GIB, 16 * GIB)}).speculation.num_drafts == 0
+
+
 def test_what_was_asked_is_taken():
     settled = plan(max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64, block_size=32,
                    num_gpu_blocks_override=99, max_decode_chunk=7)  # fmt: skip

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.pacing import MIN_TOKENS, GAP_S, MIN_CHUNK, STRETCH, Pace
+from runtime.pacing import GAP_S, MIN_CHUNK, MIN_TOKENS, STRETCH, Pace
 
 
 def learned(cost, sizes=(1, 8, 32, 100, 256, 1000)):

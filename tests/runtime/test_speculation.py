@@ -310,7 +310,7 @@ def test_a_config_is_read_under_the_names_of_its_keys():
         ({"method": "eagle", "num_speculative_tokens": 4}, "'eagle'.*'ngram'"),
         ({"method": "ngram"}, "num_speculative_tokens"),
         ({"num_speculative_tokens": 4, "draft_model": "x"}, "'draft_model' is not known"),
-        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens is -1"),
         ({"num_speculative_tokens": True}, "is True"),
         ({"num_speculative_tokens": "4"}, "is '4'"),
         ({"num_speculative_tokens": 33}, "at most 32"),
@@ -320,3 +320,7 @@ def test_a_config_is_read_under_the_names_of_its_keys():
 def test_what_cannot_be_had_is_refused_by_name(config, says):
     with pytest.raises(ConfigError, match=says):
         EngineConfig(model="x", speculative_config=config)
+
+
+def test_no_tokens_to_draft_is_no_speculation():
+    assert Speculation.read({"num_speculative_tokens": 0}, usual_max_rows=4) == Speculation()

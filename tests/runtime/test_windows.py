@@ -37,7 +37,8 @@ KINDS = {"greedy": GREEDY, "seeded": SEEDED, "penalised": PENALISED}
 def loaded(tmp_path_factory):
     folder = tiny.make_checkpoint("llama", tmp_path_factory.mktemp("model"))
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "block_size": 4, "num_gpu_blocks_override": 512}
-    return Engine.load(EngineConfig(model=str(folder), cache_dir="", dtype="float32", max_decode_steps=STEPS, **sizes))
+    options = {"cache_dir": "", "dtype": "float32", "speculative_config": {"num_speculative_tokens": 0}}
+    return Engine.load(EngineConfig(model=str(folder), max_decode_steps=STEPS, **options, **sizes))
 
 
 @pytest.fixture

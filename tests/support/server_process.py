@@ -101,10 +101,12 @@ class ServerProcess:
         raise RuntimeError(f"the server {why}:\n{''.join(list(self._lines)[-TAIL:])}")
 
 
-def ours(model: str | None, *flags: str, ready_s: float = 900.0) -> ServerProcess:
+def ours(
+    model: str | None, *flags: str, ready_s: float = 900.0, environment: Mapping[str, str] | None = None
+) -> ServerProcess:
     """Our server on a free port; None is the demo model."""
     words = [sys.executable, "-m", "runtime.serve", *([model] if model else []), "--port", "0", *flags]
-    return ServerProcess(words, ready_s=ready_s)
+    return ServerProcess(words, ready_s=ready_s, environment=environment)
 
 
 def answers(url: str) -> bool:
