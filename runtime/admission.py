@@ -37,7 +37,7 @@ class Admission:
         if params.n > MAX_N:
             raise RequestRefused(f"n is {params.n}; at most {MAX_N} choices may be asked for", param="n")
         num_ids = self.tokenizer.vocab_size if self.tokenizer else None
-        params.check_model(vocab_size=self.plan.vocab_size, num_tokens=num_ids, max_logprobs=self.plan.num_logprobs)
+        params.check_model(vocab_size=self.plan.vocab_size, num_tokens=num_ids, max_logprobs=self.plan.max_logprobs)
         bad_word_ids = self._bad_word_ids(params)
         stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:

@@ -119,7 +119,8 @@ class EnginePlan:
     Attributes:
         page_columns: columns of the page table, ceil(max_model_len / page_size).
         num_spread_pages: see runtime.pages.PagePool.
-        num_logprobs: static width of the top-logprobs arrays of a step.
+        max_logprobs: the most that a request may ask for.
+        num_logprobs: static width of the top-logprobs arrays of a step; at least 1.
         reasons: (name, value, why) rows, for the table printed at start.
     """
 
@@ -137,6 +138,7 @@ class EnginePlan:
     num_pages: int
     page_columns: int
     num_spread_pages: int | None = None
+    max_logprobs: int
     num_logprobs: int
     logprobs_mode: str
     stacked: bool
@@ -304,7 +306,7 @@ def settle(
     )
     stored = f"int8, the rest {dtype}" if config.quantization else dtype
     reasons.append(("weights", f"{weight_bytes / MIB:,.0f} MiB", stored))
-    max_logprobs = config.max_logprobs if config.max_logprobs >= 0 else vocab_size
+    max_logprobs = vocab_size if config.max_logprobs < 0 else min(config.max_logprobs, vocab_size)
     return EnginePlan(
         platform=platform,
         dtype=dtype,
@@ -320,7 +322,8 @@ def settle(
         num_pages=num_pages,
         page_columns=page_columns,
         num_spread_pages=SPREAD_BYTES // page_bytes if on_cpu else None,
-        num_logprobs=max(1, min(max_logprobs, vocab_size)),
+        max_logprobs=max_logprobs,
+        num_logprobs=max(1, max_logprobs),
         logprobs_mode=config.logprobs_mode,
         stacked=config.stacked if config.stacked is not None else not on_cpu,
         quantization=config.quantization,

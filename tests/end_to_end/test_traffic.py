@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import random
 
@@ -114,3 +115,13 @@ def test_a_json_schema_is_obeyed_beside_other_requests(server):
     whole, streamed, *_ = asyncio.run(run())
     assert whole == streamed
     jsonschema.validate(json.loads(whole), schema)
+
+
+def test_a_full_queue_turns_requests_away(server, monkeypatch):
+    engine = server.engine.engine
+    monkeypatch.setattr(engine, "plan", dataclasses.replace(engine.plan, max_queued=0))
+    response = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1})
+    assert response.status_code == 429 and response.json()["error"]["type"] == "RateLimitError"
+    assert int(response.headers["retry-after"]) >= 1
+    monkeypatch.undo()
+    assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200

@@ -130,6 +130,12 @@ def test_cors_can_be_narrowed(serve):
     assert bad.status_code == 400 and "access-control-allow-origin" not in bad.headers
 
 
+def test_cors_methods_and_headers_can_be_narrowed(serve):
+    answer = preflight(serve(config={"allowed_methods": ["GET"], "allowed_headers": ["x-b", "x-c"]}), "http://a")
+    assert answer.headers["access-control-allow-methods"] == "GET"
+    assert answer.headers["access-control-allow-headers"] == "x-b, x-c"
+
+
 def test_a_root_path_is_served_beside_the_plain_one(serve):
     server = serve(config={"root_path": "/llm/", "api_keys": ["k"]})
     headers = {"authorization": "Bearer k"}

@@ -49,6 +49,32 @@ def test_what_was_asked_is_taken():
 
 
 @pytest.mark.parametrize(
+    "wishes, field, expected",
+    [
+        ({}, "num_logprobs", 20),
+        ({"max_logprobs": 5}, "num_logprobs", 5),
+        ({"max_logprobs": 0}, "max_logprobs", 0),
+        ({"max_logprobs": -1}, "num_logprobs", 1000),  # the whole vocabulary
+        ({"kv_cache_dtype": "float32"}, "kv_dtype", "float32"),
+        ({"kv_cache_memory_bytes": 320_000 * 300}, "num_pages", 300),
+        ({"enable_prefix_caching": False}, "enable_prefix_caching", False),
+        ({"scheduling_policy": "priority"}, "scheduling_policy", "priority"),
+        ({"logprobs_mode": "raw_logits"}, "logprobs_mode", "raw_logits"),
+        ({"max_decode_steps": 4}, "max_decode_steps", 4),
+        ({"max_queued": 9}, "max_queued", 9),
+    ],
+)
+def test_each_wish_reaches_the_plan(wishes, field, expected):
+    assert getattr(plan(**wishes), field) == expected
+
+
+def test_an_accelerators_share_of_memory_is_the_one_asked_for():
+    memory = {"memory": Memory(16 * GIB, 16 * GIB)}
+    half, all_of_it = (plan("tpu", memory, gpu_memory_utilization=share).num_pages for share in (0.5, 1.0))
+    assert all_of_it - half == pytest.approx(8 * GIB / (20_000 * 128), abs=2)
+
+
+@pytest.mark.parametrize(
     ("changes", "wishes", "message"),
     [
         ({}, {"max_model_len": 5000}, "max_model_len 5,000 is above the 4,096 positions"),
