@@ -43,7 +43,8 @@ def plan_for(rows: int, length: int) -> EnginePlan:
         platform="cpu", dtype="bfloat16", kv_dtype="bfloat16", vocab_size=VOCAB, max_model_len=length,
         max_num_seqs=rows, max_num_batched_tokens=max(rows, 8192), max_decode_chunk=8192, max_decode_steps=1,
         page_size=16, num_pages=rows * (length // 16 + 1), page_columns=-(-length // 16),
-        max_logprobs=20, num_logprobs=20, logprobs_mode="raw_logprobs", stacked=False, weight_bytes=0, page_bytes=1, quantization=None,
+        max_logprobs=20, num_logprobs=20, logprobs_mode="raw_logprobs", stacked=False,
+        weight_bytes=0, page_bytes=1, quantization=None,
         enable_prefix_caching=True, scheduling_policy="fcfs", seed=0, max_queued=10**6, reasons=(),
     )  # fmt: skip
 
