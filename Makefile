@@ -4,6 +4,7 @@
 #   make check     lint, format, types and the fast tests: what CI runs
 #   make test      the fast tests alone        make slow    those that take longer or need weights
 #   make fix       format and mend             make bench   the tables of tests/bench; BENCH=name for one
+#   make plots     the pictures of README, of what make bench measured
 #   make parity    Hugging Face's own code over the golden checkpoints, compared; torch gets a venv of its own
 #   make clients   other people's clients against a real server, each in a venv of its own; CLIENTS=name for one
 
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
-BENCH ?= $(basename $(notdir $(wildcard tests/bench/*.py)))
+BENCH ?= $(filter-out plots test_%,$(basename $(notdir $(wildcard tests/bench/*.py))))
 PARITY_VENV := .cache/parity
 PARITY := $(PARITY_VENV)/.ready
 CLIENT_VENVS := .cache/clients
@@ -44,7 +45,7 @@ echo "no Python 3.11 or newer with the venv module was found; install one (on De
 exit 1
 endef
 
-.PHONY: serve check test slow fix parity clients bench lint types clean
+.PHONY: serve check test slow fix parity clients bench plots lint types clean
 
 serve: $(READY)
 	$(PY) -m runtime.serve $(MODEL) --port $(PORT) $(ARGS)
@@ -73,6 +74,9 @@ parity: $(PARITY)
 
 bench: $(READY)
 	@for name in $(BENCH); do echo "== $$name"; $(PY) -m tests.bench.$$name $(ARGS) || exit 1; done
+
+plots: $(READY)
+	$(PY) -m tests.bench.plots $(ARGS)
 
 clients: $(CLIENTS:%=client-%)
 

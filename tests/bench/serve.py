@@ -34,6 +34,8 @@ import numpy as np
 from runtime import bench
 from tests.support import server_process
 
+# What a request says twice it gets several times faster; the peer's tokens come one by one too.
+NO_DRAFTS = ["--speculative-config", '{"num_speculative_tokens":0}']
 LOADS = "1:128:128,8:128:128,32:128:128,1:1024:32,8:1024:32"
 HEADER = (
     f"{'at once':>8} {'in':>5} {'out':>4} {'out tok/s':>10} {'TTFT p50':>9} {'p99':>9} "
@@ -222,9 +224,11 @@ def main() -> int:
     wanted, flags = shapes(args.loads), ["--dtype", args.dtype, *args.serve_args.split()]
     print("\n".join(f"{name:10} {value}" for name, value in bench.machine().items()))
     print(f"median of {args.runs} runs; random prompts, greedy; times in ms")
-    measured = {args.dtype: measure_ours(args.dtype, flags, args, wanted)}
+    measured = {args.dtype: measure_ours(args.dtype, [*flags, *NO_DRAFTS], args, wanted)}
+    alone = [shape for shape in wanted if shape.level == 1]
+    measured["drafts"] = measure_ours(f"{args.dtype}, drafting as it does by default", flags, args, alone)
     try:
-        measured["int8"] = measure_ours("int8", [*flags, "--quantization", "int8"], args, wanted)
+        measured["int8"] = measure_ours("int8", [*flags, *NO_DRAFTS, "--quantization", "int8"], args, wanted)
     except RuntimeError as error:
         said = [line for line in str(error).splitlines() if line.startswith("error:")]
         print(f"left out: {said[-1] if said else error}")
