@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Checkpoint:
         source: the tensors under Hugging Face's names.
         generation_config, tokenizer_config: those files' objects; {} where there is none.
         chat_template: Jinja text, several by name, or None.
+        tokenizer_from: another folder or file, whose tokenizer is used; None for this one's own.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Checkpoint:
     tokenizer_config: dict[str, Any]
     chat_template: str | dict[str, str] | None
     files: tuple[Path, ...]
+    tokenizer_from: Path | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def model_class(self) -> type:
@@ -72,20 +74,14 @@ class Checkpoint:
         Raises:
             ConversionError: there is one, but it cannot be read.
         """
-        return self._read_tokenizer()
+        if self.tokenizer_from is None:
+            return self._read_tokenizer()
+        if self.tokenizer_from.suffix == ".gguf":
+            return _open_gguf(self.tokenizer_from).tokenizer
+        return _read_tokenizer(self.tokenizer_from)
 
     def _read_tokenizer(self):
-        path = self.path / "tokenizer.json"
-        if path.is_file():
-            try:
-                return tokenizers.Tokenizer.from_file(str(path))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise ConversionError(f"{path}: not a tokenizer ({error}); download it again") from error
-        if (self.path / "tokenizer.model").is_file():
-            raise ConversionError(
-                f"{self.path}: has tokenizer.model only; save tokenizer.json beside it (transformers does)"
-            )
-        return None
+        return _read_tokenizer(self.path)
 
     def fingerprint(self) -> str:
         """Identity of the content: equal for equal files, different when anything that matters changed.
@@ -107,8 +103,15 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, overrides: Mapping[str, Any] | None = None, tokenizer: str | Path | None = None
+) -> Checkpoint:
     """Opens a Hugging Face folder or a GGUF file.
+
+    Args:
+        overrides: laid over config.json's object, field by field.
+        tokenizer: a folder or a GGUF file whose tokenizer, and chat template where it has one, take the place of the
+            checkpoint's.
 
     Raises:
         ConversionError: the files are missing, broken, or of a model that is not known.
@@ -117,19 +120,64 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if not (path / "config.json").is_file() and len(ggufs) == 1:
-            return _open_gguf(ggufs[0])
-        return _open_folder(path)
-    if not path.exists():
+            checkpoint = _laid_over(_open_gguf(ggufs[0]), overrides)
+        else:
+            checkpoint = _open_folder(path, overrides or {})
+    elif not path.exists():
         raise ConversionError(f"{path} does not exist; give a folder with config.json, or a .gguf file")
-    if path.suffix == ".gguf":
-        return _open_gguf(path)
-    raise ConversionError(f"{path} is neither a folder with config.json nor a .gguf file")
+    elif path.suffix == ".gguf":
+        checkpoint = _laid_over(_open_gguf(path), overrides)
+    else:
+        raise ConversionError(f"{path} is neither a folder with config.json nor a .gguf file")
+    return checkpoint if tokenizer is None else _with_tokenizer(checkpoint, Path(tokenizer))
 
 
-def _open_folder(folder):
+def _laid_over(checkpoint, overrides):
+    """The checkpoint with its configuration changed."""
+    if not overrides:
+        return checkpoint
+    hf_config = {**checkpoint.hf_config, **overrides}
+    fields = Fields(hf_config, f"{checkpoint.path} with its overrides")
+    family = family_of(fields)
+    return dataclasses.replace(checkpoint, hf_config=hf_config, family=family, config=family.config(fields))
+
+
+def _with_tokenizer(checkpoint, place):
+    """The checkpoint with the tokenizer of another folder or file."""
+    if place.suffix == ".gguf" and place.is_file():
+        other = _open_gguf(place)
+        settings, template = other.tokenizer_config, other.chat_template
+    elif (place / "tokenizer.json").is_file():
+        settings = _optional_json(place / "tokenizer_config.json")
+        template = _chat_template(place, settings)
+    else:
+        raise ConversionError(f"{place}: no tokenizer.json; give the folder of a tokenizer, or a .gguf file")
+    return dataclasses.replace(
+        checkpoint,
+        tokenizer_from=place,
+        tokenizer_config=settings,
+        chat_template=template if template is not None else checkpoint.chat_template,
+    )
+
+
+def _read_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ConversionError(f"{path}: not a tokenizer ({error}); download it again") from error
+    if (folder / "tokenizer.model").is_file():
+        raise ConversionError(f"{folder}: has tokenizer.model only; save tokenizer.json beside it (transformers does)")
+    return None
+
+
+def _open_folder(folder, overrides):
     if not (folder / "config.json").is_file():
         raise ConversionError(f"{folder}: no config.json; give the folder that a Hugging Face download made")
     hf_config = read_json(folder / "config.json")
+    if overrides and isinstance(hf_config, dict):
+        hf_config |= overrides
     fields = Fields(hf_config, str(folder / "config.json"))
     family = family_of(fields)
     config = family.config(fields)

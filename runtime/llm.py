@@ -82,12 +82,14 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any):
-        from runtime.demo import fetch
+        from runtime.demo import fetch, fetch_tokenizer
 
         known = {field.name for field in dataclasses.fields(EngineConfig)} - {"model"}
         if unknown := sorted(options.keys() - known):
             raise TypeError(f"LLM has no option {unknown[0]!r}; its options are {', '.join(sorted(known))}")
         with _Bar() as bar:
+            if options.get("tokenizer") is not None:
+                options["tokenizer"] = str(fetch_tokenizer(options["tokenizer"]))
             self.engine = Engine.load(EngineConfig(model=str(fetch(model, progress=bar)), **options), progress=bar)
         self.tokenizer = self.engine.tokenizer
         source = self.engine.loaded.checkpoint.chat_template

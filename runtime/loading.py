@@ -90,7 +90,8 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
     """
     progress = progress or (lambda name, done, total: None)
     seconds: dict[str, float] = {}
-    checkpoint = _timed(seconds, "open", open_checkpoint, config.model)
+    opened = functools.partial(open_checkpoint, overrides=config.hf_overrides, tokenizer=config.tokenizer)
+    checkpoint = _timed(seconds, "open", opened, config.model)
     platform = jax.default_backend()
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, platform)
     stacked = config.stacked if config.stacked is not None else platform != "cpu"
@@ -116,7 +117,9 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
     eos_id, eos_ids = end_tokens(checkpoint, tokenizer)
     usual = empty_row(plan.vocab_size, sorted(eos_ids))
     programs = _programs(graph, weights, plan, caches, usual)
-    identity = f"{checkpoint.model_class.__qualname__} {checkpoint.config} {dataclasses.replace(plan, reasons=())}"
+    identity = (
+        f"{checkpoint.model_class.__qualname__} {checkpoint.config} {dataclasses.replace(plan, reasons=(), seed=0)}"
+    )
     if platform == "cpu" and cpu.is_available():
         progress("kernels", 0, 1)
         _timed(seconds, "kernels", cpu.register)  # programs from disk refer to them by name

@@ -166,7 +166,8 @@ def load(model: str | None, fetch: Fetch, config, progress: banner.Starting, clo
     from runtime.async_engine import AsyncEngine
 
     clock.lap("import")
-    engine = AsyncEngine.start(dataclasses.replace(config, model=str(path)), progress=progress)
+    found = dataclasses.replace(config, model=str(path), tokenizer=fetch.tokenizer(config.tokenizer))
+    engine = AsyncEngine.start(found, progress=progress)
     clock.lap("engine", engine.engine.loaded.seconds)
     return engine
 

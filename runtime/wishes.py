@@ -67,13 +67,22 @@ class Fetch:
     """Which model, and how it may be downloaded."""
 
     revision: str | None = None
+    tokenizer_revision: str | None = None
     token: str | None = None
     download_dir: str | None = None
     ignore_patterns: Sequence[str] = demo.IGNORE_PATTERNS
 
     def model(self, name: str | None, progress: demo.Progress | None = None):
         """Path of the model's files."""
-        return demo.fetch(name, progress=progress, **dataclasses.asdict(self))
+        own = {key: value for key, value in dataclasses.asdict(self).items() if key != "tokenizer_revision"}
+        return demo.fetch(name, progress=progress, **own)
+
+    def tokenizer(self, name: str | None) -> str | None:
+        """Path of another tokenizer's files; None where the model's own is used."""
+        if name is None:
+            return None
+        wanted = {"revision": self.tokenizer_revision, "token": self.token, "download_dir": self.download_dir}
+        return str(demo.fetch_tokenizer(name, **wanted))
 
 
 def read(words: Sequence[str], environment: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:

@@ -12,6 +12,7 @@ from runtime.engine import Engine
 from runtime.errors import RequestRefused, StepFailed
 from runtime.params import SamplingParams
 from runtime.request import Prompt
+from runtime.seeds import Seeds
 from runtime.step_state import FAULTY
 
 VOCAB = tiny.FAMILIES["llama"]["vocab_size"]
@@ -88,6 +89,21 @@ def test_a_request_gets_the_same_tokens_alone_and_in_a_mixed_batch(engine, param
     others = [(prompt(n, seed=n), random.Random(n).choice([GREEDY, SEEDED, PENALISED])) for n in range(3, 60, 4)]
     engine.reset_prefix_cache()
     assert run(engine, [(prompt(length), params), *others])[0, 0] == alone
+
+
+def test_requests_without_a_seed_follow_the_engines(engine, monkeypatch):
+    params = dataclasses.replace(SEEDED, seed=None, n=2)
+    others = [(prompt(n, seed=n), params) for n in range(3, 30, 4)]
+
+    def drawn(seed, requests):
+        monkeypatch.setattr(engine.admission, "_seeds", Seeds(seed))
+        tokens = run(engine, requests)
+        return [tokens[len(requests) - 1, index] for index in range(2)]
+
+    alone = drawn(3, [(prompt(9), params)])
+    assert alone[0] != alone[1] and drawn(3, [*others, (prompt(9), params)]) == alone
+    assert drawn(4, [(prompt(9), params)]) != alone
+    assert drawn(3, [(prompt(9), params)] * 2) != alone  # the second of two equal requests
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED, PENALISED], ids=["greedy", "seeded", "penalised"])

@@ -66,9 +66,3 @@ def test_int8_tokens_do_not_depend_on_neighbours_or_restarts(engines):
 def test_an_unknown_quantisation_is_refused():
     with pytest.raises(ConfigError, match="'int3' is not known; use int8"):
         EngineConfig(model="x", quantization="int3")
-
-
-@pytest.mark.parametrize("wish", [{"tokenizer": "x"}, {"hf_overrides": {"a": 1}}, {"seed": 3}])
-def test_wishes_that_nothing_reads_are_refused(wish):
-    with pytest.raises(ConfigError, match=next(iter(wish))):
-        EngineConfig(model="x", **wish)

@@ -105,8 +105,7 @@ def test_each_working_flag_names_a_field_that_exists():
 def test_each_wish_has_a_flag():
     from runtime.config import EngineConfig
 
-    # model is positional; what nothing reads yet is refused on the command line; layers are stacked by platform.
-    without = {"model", "tokenizer", "hf_overrides", "seed", "stacked"}
+    without = {"model", "stacked"}  # positional; and layers are stacked by platform
     wishes_of_engine = {f"engine.{field.name}" for field in dataclasses.fields(EngineConfig)} - {
         f"engine.{name}" for name in without
     }
