@@ -1,10 +1,13 @@
 """What is odd in a request and still served, and that no field of any type makes a fault of ours."""
 
+import threading
+
 import pytest
 from bad_requests import CHAT, COMPLETIONS, DEEP, USER
 from fake_engine import FakeEngine
 from live_server import LiveServer
 
+from openai_api import body
 from openai_api.config import ServerConfig
 
 
@@ -52,3 +55,33 @@ def test_every_field_survives_every_json_type(server):
             for value in values:
                 response = server.post(path, start | {name: value})
                 assert response.status_code < 500, (name, value, response.text)
+
+
+@pytest.mark.parametrize("size, is_beside", [(10, False), (100_000, True)])
+def test_a_large_body_is_read_beside_the_event_loop(server, monkeypatch, size, is_beside):
+    threads = []
+    parse = body.parse
+    monkeypatch.setattr(body, "parse", lambda *args: threads.append(threading.current_thread()) or parse(*args))
+    assert server.post(COMPLETIONS, {"prompt": "a" * size, "truncate_prompt_tokens": -1}).status_code == 200
+    in_loop = server.call(current_thread())
+    assert [thread is not in_loop for thread in threads] == [is_beside]
+
+
+async def current_thread():
+    return threading.current_thread()
+
+
+@pytest.mark.parametrize(
+    "path, fields",
+    [
+        (COMPLETIONS, {"stop_token_ids": ["x"] * 1000}),
+        (COMPLETIONS, {"allowed_token_ids": ["x"] * 1000}),
+        ("/detokenize", {"tokens": ["x"] * 1000}),
+        (CHAT, {"messages": [{}] * 1000}),
+        (CHAT, {"tools": [{}] * 100}),
+    ],
+)
+def test_of_many_wrong_items_one_is_told(server, path, fields):
+    start = {"messages": USER} if path == CHAT else {"prompt": "a"}
+    error = server.post(path, start | fields).json()["error"]
+    assert error["code"] == 400 and error["message"].count("'loc'") == 1

@@ -180,6 +180,7 @@ OF_CHAT = [
     (said({"type": "input_audio", "input_audio": {}}), HANDLER, "data and format", "messages.0.content.0"),
     (said({"type": "image_embeds", "image_embeds": "a"}), HANDLER, "unpickles nothing", "messages.0.content.0"),
     (said({"type": "image_pil", "image_pil": "a"}), HANDLER, "cannot be sent over HTTP", "messages.0.content.0"),
+    (said(*["a"] * 4097), VALIDATION, "too_long", "messages.0.content"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, HANDLER, "function must be an object", TOOL_CALL),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},

@@ -51,10 +51,14 @@ async def detokenize(request: Request) -> HTTPResponse:
     body = await read_json(request, DetokenizeRequest)
     context = request.app.ctx
     context.models.find(body.model)
-    if any(not 0 <= i < 2**32 for i in body.tokens):
-        raise RequestRefused("tokens must be ids from 0 to 4294967295", "tokens")
-    text = await asyncio.to_thread(context.engine.tokenizer.decode, body.tokens, False)
+    text = await asyncio.to_thread(_decoded, context.engine.tokenizer, body.tokens)
     return whole_json({"prompt": text})
+
+
+def _decoded(tokenizer, token_ids):
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < 2**32):
+        raise RequestRefused("tokens must be ids from 0 to 4294967295", "tokens")
+    return tokenizer.decode(token_ids, False)
 
 
 @info.get("/tokenizer_info", stream=True)

@@ -10,7 +10,7 @@ from openai_api.errors import WrongField
 from openai_api.schema.sampling import Body, SamplingFields
 from runtime.beam import BeamParams
 from runtime.chat.messages import MEDIA_PARTS
-from runtime.chat.tools import check_tools
+from runtime.chat.tools import check_number, check_tools
 from runtime.errors import RequestRefused
 from runtime.params import SamplingParams
 
@@ -18,6 +18,7 @@ CORRECT_USAGE = 'Correct usage: `{"type": "function", "function": {"name": "my_f
 BOTH_FLAGS = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
 
 
+MAX_PARTS = 4096  # of one message
 PART = {
     "type": "object",
     "properties": {
@@ -35,7 +36,7 @@ class Message(Body):
     """One message; which of its other keys reach the template depends on the role."""
 
     role: str
-    content: str | list[str | Part] | None = None
+    content: str | Annotated[list[str | Part], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     name: Annotated[Any, pydantic.WithJsonSchema({"type": "string"})] = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -55,7 +56,7 @@ class Tool(Body):
 class ChatFields(Body):
     """What makes a prompt of messages; other routes take the same."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
@@ -63,7 +64,7 @@ class ChatFields(Body):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_ending(self):
@@ -86,6 +87,7 @@ class ChatFields(Body):
         """Refuses more messages or tools than may be sent."""
         if len(self.messages) > limits.max_messages:
             raise RequestRefused(f"messages may hold {limits.max_messages:,}, got {len(self.messages):,}", "messages")
+        check_number(len(self.tools or ()))
         check_tools(self.tool_dicts)
 
 

@@ -26,6 +26,9 @@ NO_PROCESSORS = (
 )
 
 
+Ids = Annotated[list[int], Field(fail_fast=True)]  # one wrong item says enough; a million errors take seconds
+
+
 class Body(pydantic.BaseModel):
     """A request body, or an object in one; names it does not have are ignored."""
 
@@ -91,12 +94,12 @@ class SamplingFields(Body):
     min_p: float | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: str | list[str] | None = []
-    stop_token_ids: list[int] | None = []
+    stop_token_ids: Ids | None = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: Ids | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True

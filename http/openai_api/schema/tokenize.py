@@ -1,6 +1,9 @@
 """POST /tokenize and /detokenize."""
 
+from typing import Annotated
+
 import pydantic
+from pydantic import Field
 
 from openai_api.schema.chat import ChatFields
 from openai_api.schema.sampling import Body
@@ -20,4 +23,4 @@ class TokenizeChat(ChatFields):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[pydantic.StrictInt]
+    tokens: Annotated[list[pydantic.StrictInt], Field(fail_fast=True)]

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 from runtime.chat.tools.deepseek_v3 import DeepSeekV3
 from runtime.chat.tools.deepseek_v31 import DeepSeekV31
-from runtime.chat.tools.definitions import check_tools, reply_schema
+from runtime.chat.tools.definitions import check_number, check_tools, reply_schema
 from runtime.chat.tools.ernie45 import Ernie45
 from runtime.chat.tools.events import Arguments, Call, CallBroken, CallStarted, Content, Event, Reply, collect
 from runtime.chat.tools.forced import NamedCall, RequiredCalls
@@ -127,6 +127,7 @@ __all__ = [
     "Reply",
     "RequiredCalls",
     "ToolParser",
+    "check_number",
     "check_tools",
     "choice_parser",
     "collect",

@@ -23,14 +23,19 @@ OTHER_PROPERTIES = {
 }
 
 
+def check_number(num_tools: int) -> None:
+    """Refuses more tools than may be given, before anything looks at them."""
+    if num_tools > MAX_TOOLS:
+        raise RequestRefused(f"{num_tools:,} tools were given; the limit is {MAX_TOOLS}.", "tools")
+
+
 def check_tools(tools: Sequence[dict]) -> None:
     """Refuses too many tools, too large ones, and names that are not plain or not unique.
 
     Raises:
         RequestRefused: with param "tools".
     """
-    if len(tools) > MAX_TOOLS:
-        raise RequestRefused(f"{len(tools):,} tools were given; the limit is {MAX_TOOLS}.", "tools")
+    check_number(len(tools))
     seen = set()
     for tool in tools:
         function = tool.get("function")
