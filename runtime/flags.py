@@ -189,7 +189,12 @@ LOGGING = (
         to="server.enable_log_outputs",
     ),
     Flag("max-log-len", "int", "characters of a prompt in the log (all).", to="server.max_log_len"),
-    Flag("disable-log-stats", "switch", "no metrics, no statistics in the log.", to="server.disable_log_stats"),
+    Flag(
+        "disable-log-stats",
+        "switch",
+        "no metrics, no line of statistics in the log every VLLM_LOG_STATS_INTERVAL (10) seconds.",
+        to="server.disable_log_stats",
+    ),
     Flag(
         "uvicorn-log-level",
         "text",

@@ -223,7 +223,7 @@ class EngineMetrics:
         # The twin of inter_token_latency_seconds, under its old name.
         old = "vllm:time_per_output_token_seconds"
         yield _histogram(old, "Old name.", labels, self.histograms["vllm:inter_token_latency_seconds"])
-        for name, (text, value) in self._gauges().items():
+        for name, (text, value) in self.gauges().items():
             yield _gauge(name, text, labels, value)
         config = {
             "block_size": self._plan.page_size,
@@ -235,7 +235,8 @@ class EngineMetrics:
             "vllm:cache_config_info", "The cache.", {k: str(v) for k, v in config.items()} | {"engine": "0"}, 1
         )
 
-    def _gauges(self):
+    def gauges(self) -> dict[str, tuple[str, float]]:
+        """{name: (help, value)} of what is so now."""
         engine = self._engine
         scheduler = engine and engine.scheduler
         pool = scheduler and scheduler.pool

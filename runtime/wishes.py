@@ -21,9 +21,12 @@ ENVIRONMENT = {
     "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": ("server.keep_alive_s", float),
     "VLLM_SERVER_DEV_MODE": ("server.dev_mode", lambda text: text == "1"),
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": ("start.keep_alive_on_engine_death", lambda text: text == "1"),
+    "VLLM_LOG_STATS_INTERVAL": ("server.log_stats_interval_s", float),
     "VLLM_LOGGING_LEVEL": ("start.log_level", str),
     "HF_TOKEN": ("fetch.token", str),
 }
+
+READ_ELSEWHERE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN"}  # where a limit is checked
 
 # Keys of --structured-outputs-config, and what may stand there.
 BACKENDS = ("auto", "guidance", "llguidance")
@@ -109,7 +112,9 @@ def read(words: Sequence[str], environment: Mapping[str, str]) -> tuple[dict[str
     if old := {name.removeprefix(prefix): value for name, value in start.items() if name.startswith(prefix)}:
         server["structured_outputs_config"] = old | server.get("structured_outputs_config", {})
     _check_structured(server.get("structured_outputs_config", {}))
-    return sections, parsed.notes
+    known = ENVIRONMENT.keys() | READ_ELSEWHERE
+    unread = sorted(name for name in environment.keys() - known if name.startswith("VLLM_"))
+    return sections, (*parsed.notes, *(f"{name} is set and changes nothing here" for name in unread))
 
 
 def limits(wishes: Mapping[str, Any], kind: type) -> Any:

@@ -26,6 +26,7 @@ from openai_api.routes import (
 )
 from openai_api.served import ServedModels
 from openai_api.transport import Server
+from runtime import statistics
 from runtime.metrics import Exposition, HttpMetrics
 
 BLUEPRINTS = (
@@ -86,6 +87,8 @@ def create_app(engine, config: ServerConfig) -> Sanic:
         if root:
             app.blueprint(blueprint, url_prefix=root + (blueprint.url_prefix or ""), name_prefix="below_root")
     _add_background(app, limits.stalled_writer_s)
+    if shown is not None and config.log_stats_interval_s > 0:
+        _add_statistics(app, shown, config.log_stats_interval_s)
     return app
 
 
@@ -110,3 +113,13 @@ def _add_background(app, stalled_writer_s):
         with contextlib.suppress(asyncio.CancelledError):
             await app.ctx.watcher
         await app.ctx.chat.close()
+
+
+def _add_statistics(app, metrics, interval_s):
+    @app.after_server_start
+    async def start(app):
+        app.ctx.teller = asyncio.create_task(statistics.tell(metrics, interval_s))
+
+    @app.before_server_stop
+    async def stop(app):
+        app.ctx.teller.cancel()

@@ -77,6 +77,7 @@ class ServerConfig:
     enable_log_outputs: bool = False
     max_log_len: int | None = None
     disable_log_stats: bool = False
+    log_stats_interval_s: float = 10.0  # between lines of statistics in the log; 0 for none
     disable_access_log: bool = False
 
     limit_mm_per_prompt: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -91,6 +91,7 @@ def stepped(server):
     assert len(expected) == STREAM["max_tokens"]
     stepped.is_held = True
     beside = Bystander(server, stepped)
+    server.wait_for(lambda: server.engine.num_in_flight == 1)
     yield stepped
     stepped.release()
     beside.join()

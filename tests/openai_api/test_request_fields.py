@@ -145,3 +145,17 @@ def test_access_lines_can_be_switched_off(serve, caplog):
     server = serve(config={"disable_access_log": True})
     server.client.get("/v1/models"), server.client.get("/v1/models")
     assert not [record for record in caplog.records if record.name == "openai_api.access"]
+
+
+@pytest.mark.parametrize("config, is_told", [({}, True), ({"disable_log_stats": True}, False)])
+def test_statistics_are_logged_unless_switched_off(serve, caplog, config, is_told):
+    caplog.set_level("INFO", logger="runtime.statistics")
+    server = serve(config=config | {"log_stats_interval_s": 0.01})
+    assert hasattr(server.app.ctx, "teller") == is_told
+
+    def is_seen():
+        server.engine.metrics.counters["vllm:generation_tokens"] += 5
+        return "generated tokens a second" in caplog.text
+
+    if is_told:
+        server.wait_for(is_seen)

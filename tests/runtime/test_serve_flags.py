@@ -254,11 +254,18 @@ def test_the_environment_fills_in_and_flags_win():
         ("VLLM_SERVER_DEV_MODE", "0", "server", "dev_mode", False),
         ("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", "1", "start", "keep_alive_on_engine_death", True),
         ("VLLM_LOGGING_LEVEL", "DEBUG", "start", "log_level", "DEBUG"),
+        ("VLLM_LOG_STATS_INTERVAL", "2.5", "server", "log_stats_interval_s", 2.5),
         ("HF_TOKEN", "t", "fetch", "token", "t"),
     ],
 )
 def test_each_variable_of_the_environment_sets_its_field(name, text, section, field, value):
     assert read("", **{name: text})[section][field] == value
+
+
+def test_a_variable_that_nothing_reads_is_noted():
+    read_elsewhere = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+    notes = read("", VLLM_USE_MODELSCOPE="True", VLLM_LOGGING_LEVEL="INFO", PATH="x", **read_elsewhere)["notes"]
+    assert notes == ("VLLM_USE_MODELSCOPE is set and changes nothing here",)
 
 
 @pytest.mark.parametrize("line, environment", [("--api-key=", {}), ("", {"VLLM_API_KEY": ""})])
