@@ -231,7 +231,12 @@ MODEL = (
         harmless=("auto", "hf"),
     ),
     Flag("skip-tokenizer-init", "switch", "serve token ids only.", refused="the tokenizer is always loaded"),
-    Flag("trust-remote-code", "switch", "run code of the model folder.", unused=OWN_MODELS),
+    Flag(
+        "trust-remote-code",
+        "switch",
+        "render the model's own chat template in the server's process; code of the folder is never run.",
+        to="server.trust_model_template",
+    ),
     Flag(
         "dtype",
         "text",

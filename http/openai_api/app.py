@@ -106,12 +106,14 @@ def _add_background(app, stalled_writer_s):
     @app.after_server_start
     async def start(app):
         app.ctx.watcher = asyncio.create_task(watch_writers(app.ctx.streams, stalled_writer_s))
+        app.ctx.opening = asyncio.create_task(app.ctx.chat.start())
 
     @app.before_server_stop
     async def stop(app):
-        app.ctx.watcher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await app.ctx.watcher
+        for task in (app.ctx.watcher, app.ctx.opening):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
         await app.ctx.chat.close()
 
 

@@ -8,7 +8,7 @@ from openai_api.schema.chat import ChatFields
 from runtime.chat.messages import Media, convert
 from runtime.chat.sandbox import TemplateWorkers
 from runtime.chat.spelled import SpelledTokens, StandIns
-from runtime.chat.template import ChatTemplate
+from runtime.chat.template import MAX_CHARS, ChatTemplate
 from runtime.errors import RequestRefused
 
 NOT_TRUSTED = (
@@ -39,6 +39,9 @@ class Rendered:
 class ChatRenderer:
     """The model's template, or the server's, or with leave the request's.
 
+    The server's own is the operator's word and is rendered here, and so is the model's where it is trusted. Any other
+    runs in a worker process.
+
     Raises:
         ConfigError: the server's template is a file that is not there.
     """
@@ -51,7 +54,12 @@ class ChatRenderer:
         self.template = ChatTemplate(source, special_tokens, None if wanted == "auto" else wanted)
         self._spelled = SpelledTokens(engine.tokenizer)
         limits = config.limits
-        self._workers = TemplateWorkers(limit_s=limits.template_timeout_s, max_memory_bytes=limits.template_memory)
+        memory = limits.template_memory
+        self._is_trusted = config.chat_template is not None or config.trust_model_template
+        self._workers = TemplateWorkers(limit_s=limits.template_timeout_s, max_memory_bytes=memory)
+        self._models_workers = TemplateWorkers(
+            limit_s=limits.model_template_timeout_s, max_memory_bytes=memory, max_chars=MAX_CHARS, param="messages"
+        )
 
     async def render(self, body: ChatFields, with_tools: bool = True) -> Rendered:
         """The prompt of these messages.
@@ -84,9 +92,11 @@ class ChatRenderer:
             "add_generation_prompt": body.add_generation_prompt,
             "continue_final_message": body.continue_final_message,
         }
-        if own is not None:
+        if own is not None or not self._is_trusted:
+            workers = self._workers if own is not None else self._models_workers
             variables = template.variables(messages, **options)
-            text = template.finish(await self._workers.render(own, variables), variables)
+            text = await workers.render(template.pick(bool(tools)), variables)
+            text = template.finish(text, variables)
         elif len(messages) <= INLINE_MESSAGES and sum(len(str(m["content"])) for m in messages) <= INLINE_CHARS:
             text = template.render(messages, **options)
         else:
@@ -96,8 +106,14 @@ class ChatRenderer:
         text = stand_ins.unescape(text)
         return Rendered(stand_ins.restore(text), media, text, stand_ins)
 
+    async def start(self) -> None:
+        """Starts a worker, where the first chat would have to wait for one."""
+        if not self._is_trusted and self.template.has_any:
+            await self._models_workers.start()
+
     async def close(self) -> None:
         await self._workers.close()
+        await self._models_workers.close()
 
     async def _in_thread(self, template, messages, options):
         try:

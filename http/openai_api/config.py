@@ -28,6 +28,7 @@ class Limits:
     max_logit_bias: int = 1024
     max_text_field: int = 1024  # user, cache_salt, request_id
     template_timeout_s: float = 1.0  # of a template that came with a request
+    model_template_timeout_s: float = 5.0  # of the model's own
     template_memory: int = 512 << 20
     request_timeout_s: float = 600.0
     stalled_writer_s: float = 30.0
@@ -62,6 +63,7 @@ class ServerConfig:
     chat_template: str | None = None
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
     trust_request_chat_template: bool = False
+    trust_model_template: bool = False  # rendered in this process, not in one that can be killed
     response_role: str = "assistant"
     enable_auto_tool_choice: bool = False
     tool_call_parser: str | None = None

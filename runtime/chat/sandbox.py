@@ -1,4 +1,4 @@
-"""Chat templates that came with a request run in a process of their own, which is killed at its limits.
+"""Chat templates that nobody vouches for run in a process of their own, which is killed at its limits.
 
 A sandboxed template cannot reach anything, but it can still loop for hours or build a string of gigabytes, and a thread
 cannot be stopped.
@@ -22,12 +22,19 @@ class TemplateWorkers:
         limit_s: wall time of one rendering; past it the worker is killed and the request refused.
         max_memory_bytes: address space of a worker.
         max_chars: of rendered text.
+        param: the field that refusals blame.
     """
 
     def __init__(
-        self, size: int = 2, limit_s: float = 1.0, max_memory_bytes: int = 512 << 20, max_chars: int = 4 << 20
+        self,
+        size: int = 2,
+        limit_s: float = 1.0,
+        max_memory_bytes: int = 512 << 20,
+        max_chars: int = 4 << 20,
+        param: str = "chat_template",
     ):
         self.limit_s, self.max_memory_bytes, self.max_chars = limit_s, max_memory_bytes, max_chars
+        self.param = param
         self._free = asyncio.Semaphore(size)
         self._idle: list[asyncio.subprocess.Process] = []
 
@@ -43,9 +50,9 @@ class TemplateWorkers:
             try:
                 answer = await asyncio.wait_for(self._ask(worker, request), self.limit_s)
             except TimeoutError:
-                raise RequestRefused(f"the chat template ran longer than {self.limit_s:g} s", "chat_template") from None
+                raise RequestRefused(f"the chat template ran longer than {self.limit_s:g} s", self.param) from None
             except (asyncio.IncompleteReadError, ConnectionError):
-                raise RequestRefused("the chat template needs more memory than it may use", "chat_template") from None
+                raise RequestRefused("the chat template needs more memory than it may use", self.param) from None
             else:
                 self._idle.append(worker)
                 worker = None
@@ -53,8 +60,14 @@ class TemplateWorkers:
                 if worker is not None:
                     await _kill(worker)
         if "error" in answer:
-            raise RequestRefused(answer["error"], "chat_template")
+            raise RequestRefused(answer["error"], self.param)
         return answer["text"]
+
+    async def start(self) -> None:
+        """Starts one worker ahead of the first template."""
+        async with self._free:
+            if not self._idle:
+                self._idle.append(await self._start())
 
     async def close(self) -> None:
         while self._idle:
@@ -65,7 +78,12 @@ class TemplateWorkers:
         command = [sys.executable, "-I", rendering.__file__, str(self.max_memory_bytes)]
         pipe = asyncio.subprocess.PIPE
         worker = await asyncio.create_subprocess_exec(
-            *command, stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL, limit=1 << 20
+            *command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=asyncio.subprocess.DEVNULL,
+            limit=1 << 20,
+            start_new_session=True,  # an interrupt from the keyboard is for the server
         )
         try:
             warm = {"source": "{{ a }}", "variables": {"a": "a"}, "max_chars": 1}

@@ -58,6 +58,10 @@ class ChatTemplate:
         """The same with another text."""
         return ChatTemplate(source, self.special_tokens, self._format)
 
+    @property
+    def has_any(self) -> bool:
+        return bool(self._sources)
+
     def pick(self, has_tools: bool) -> str:
         """The text that is used.
 

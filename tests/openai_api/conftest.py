@@ -11,7 +11,8 @@ def serve():
     servers = []
 
     def start(script="Hello world, this is a test.", *, config=None, **options):
-        server = LiveServer(FakeEngine(script, **options), ServerConfig(**config or {}))
+        config = {"trust_model_template": True} | (config or {})  # else each server starts a process for it
+        server = LiveServer(FakeEngine(script, **options), ServerConfig(**config))
         servers.append(server)
         return server
 
