@@ -46,7 +46,8 @@ def test_every_field_survives_every_json_type(server):
     from openai_api.schema.chat import ChatRequest
     from openai_api.schema.completions import CompletionRequest
 
-    values = [None, True, -1, 2**70, "", "1", [None], {"a": 1}]
+    numbers = [-1, -0.0, 1.0, 1.5, 1e300, 2**31, 2**32, 2**63, 2**64, 10**99]
+    values = [None, True, *numbers, "", "1", [None], [[]], {"a": 1}]
     for path, model, start in (
         (COMPLETIONS, CompletionRequest, {"prompt": "a", "max_tokens": 1}),
         (CHAT, ChatRequest, {"messages": USER, "max_tokens": 1}),
