@@ -127,6 +127,11 @@ class Choice:
             prompt_token_ids=prompt.token_ids,
         )
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether the model's own end would end it now."""
+        return self.eos_id in self.stop_ids and len(self.sequence.output_ids) >= self.params.min_tokens
+
     def output(self, gain: Gain) -> RequestOutput:
         """The gain as text. Ends the choice when a stop string appears; the engine must then be told.
 

@@ -20,7 +20,7 @@ from runtime.admission import Admission
 from runtime.batch import FROM_DEVICE, StepBuffer, StepLayout
 from runtime.choice import Choice, Gain, Gains
 from runtime.config import EngineConfig
-from runtime.errors import StepFailed
+from runtime.errors import RequestRefused, StepFailed
 from runtime.executables import CompileCounter
 from runtime.grammar import Compiler, Vocabulary, fill_masks
 from runtime.isolation import Isolation
@@ -336,13 +336,16 @@ class Engine:
         elif token in choice.stop_ids:
             gain.finish_reason = "stop"
             gain.stop_reason = None if token == choice.eos_id else token
-        elif choice.matcher is not None and choice.matcher.is_finished and choice.eos_id not in choice.stop_ids:
-            gain.finish_reason = "stop"  # only the end could follow, and it would not end anything
+        elif choice.matcher is not None and choice.matcher.is_finished and not choice.may_stop:
+            gain.finish_reason = "stop"  # only the end could follow, and it is ignored, or held back by min_tokens
         if gain.finish_reason:
             self._end(choice, gain.finish_reason)
 
     def _fail(self, choice: Choice, message: str) -> Gain:
         self._end(choice, "abort", spoiled=True)
+        if message is NOT_FINITE and choice.params.bans_tokens:
+            num_good = max(0, len(choice.sequence.output_ids) - 1)
+            return Gain(choice, [], error=RequestRefused(NOTHING_LEFT.format(num_good)))
         return Gain(choice, [], error=StepFailed(message))
 
     def _logprobs(self, flight: Flight, rows_OS: np.ndarray) -> Callable[[int, int], TokenLogprobs]:
@@ -382,6 +385,10 @@ class Engine:
 
 
 NOT_FINITE = "the model produced a number that is not finite for this request; other requests are not affected"
+NOTHING_LEFT = (
+    "after {} tokens there is none left that this request allows: the constraint on its output, allowed_token_ids, "
+    "bad_words and min_tokens contradict each other there (or the model produced a number that is not finite)"
+)
 ENDED_ON_DEVICE = "the device ended this request before its end; other requests are not affected"
 STEP_RAISED = "this request made a step fail; other requests are not affected, and the server log has the cause"
 

@@ -84,6 +84,11 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def bans_tokens(self) -> bool:
+        """Whether some tokens may be forbidden, and so, at some place, all of them."""
+        return bool(self.constraint or self.allowed_token_ids or self.bad_words or self.min_tokens)
+
     def check_model(self, *, vocab_size: int, num_tokens: int | None = None, max_logprobs: int = 20) -> None:
         """Refuses what this model cannot do.
 

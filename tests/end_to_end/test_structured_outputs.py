@@ -70,6 +70,8 @@ async def ask(client, drawn, number: int, stop: str = "\u2603") -> list[tuple[st
         body["stop"] = [stop, "\u2602"]
     if rng.random() < 0.2:
         body |= {"ignore_eos": True}
+    elif number % 4 and rng.random() < 0.3:  # before min_tokens there is no stop string, which is tried with the others
+        body |= {"min_tokens": rng.choice([2, 9, 40])}  # a text that cannot go on ends all the same
     body["stream"] = rng.random() < 0.5
     is_chat = rng.random() < 0.5
     body |= {"messages": [{"role": "user", "content": "Hi"}]} if is_chat else {"prompt": "Hello"}

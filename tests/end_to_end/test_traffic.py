@@ -9,6 +9,8 @@ import random
 import httpx
 import jsonschema
 import openai
+import pytest
+import tiny
 
 NUM_CLIENTS = 64
 
@@ -125,3 +127,19 @@ def test_a_full_queue_turns_requests_away(server, monkeypatch):
     assert int(response.headers["retry-after"]) >= 1
     monkeypatch.undo()
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"structured_outputs": {"choice": ["red"]}, "allowed_token_ids": [40, 41]},
+        {"allowed_token_ids": [tiny.IM_END], "min_tokens": 3},
+    ],
+    ids=["constraint", "min_tokens"],
+)
+def test_wishes_that_leave_no_token_are_the_requests_fault(server, wishes, stream):
+    response = server.post("/v1/completions", {"prompt": "a", "seed": 1, "stream": stream} | wishes)
+    error = response.json()["error"]
+    assert response.status_code == error["code"] == 400 and error["type"] == "BadRequestError"
+    assert "after 0 tokens there is none left that this request allows" in error["message"]

@@ -239,7 +239,7 @@ def _constraint(rng, body: dict, is_chat: bool) -> None:
     is_forced = is_chat and body.get("tool_choice", "none") not in ("none", "auto", None)
     if is_forced or rng.random() > 0.25:
         if is_forced:
-            _drop(body, "allowed_token_ids", "bad_words", "min_tokens")
+            _drop(body, "allowed_token_ids", "bad_words")
         return
     name, value = rng.choice(CONSTRAINTS)
     body[name] = value
@@ -247,7 +247,7 @@ def _constraint(rng, body: dict, is_chat: bool) -> None:
         _some(rng, body, 0.3, guided_decoding_backend=lambda: "auto", guided_whitespace_pattern=lambda: "[ ]?")
     if name == "structured_outputs" and value:
         _some(rng, body, 0.2, structural_tag=lambda: None)
-    _drop(body, "allowed_token_ids", "bad_words", "min_tokens")  # together they may leave no token at all
+    _drop(body, "allowed_token_ids", "bad_words")  # together they may leave no token at all
     if "max_tokens" in body and body["max_tokens"]:
         body["max_tokens"] *= 2
 
