@@ -9,15 +9,12 @@ Source: the template environment that Hugging Face tokenizers document under "Ch
 import datetime
 import functools
 import json
-import struct
 import sys
 
 import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
-
-LENGTH = struct.Struct("!I")  # goes before every message between the two processes
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -88,21 +85,20 @@ def render(source: str, variables: dict, max_chars: int) -> str:
 
 
 def serve(max_memory_bytes: int) -> None:
-    """Answers requests until the input ends; what goes wrong in one is its answer."""
+    """Answers requests, a line of JSON each, until the input ends; what goes wrong in one is its answer."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_AS, (max_memory_bytes, max_memory_bytes))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    while header := requests.read(LENGTH.size):
-        request = json.loads(requests.read(LENGTH.unpack(header)[0]))
+    answers = sys.stdout.buffer
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
         try:
             answer = {"text": render(request["source"], request["variables"], request["max_chars"])}
         except ValueError as error:
             answer = {"error": str(error)}
-        data = json.dumps(answer).encode()
-        answers.write(LENGTH.pack(len(data)) + data)
+        answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 
 

@@ -5,14 +5,19 @@ cannot be stopped.
 """
 
 import asyncio
-import contextlib
-import json
+import concurrent.futures
+import logging
 import sys
+import threading
 
 from runtime.chat import rendering
 from runtime.errors import RequestRefused
+from runtime.worker_process import WorkerProcess
+
+log = logging.getLogger(__name__)
 
 START_LIMIT_S = 20.0  # a worker that cannot even start on a loaded machine
+WARM = {"source": "{{ a }}", "variables": {"a": "a"}, "max_chars": 1}
 
 
 class TemplateWorkers:
@@ -35,74 +40,105 @@ class TemplateWorkers:
     ):
         self.limit_s, self.max_memory_bytes, self.max_chars = limit_s, max_memory_bytes, max_chars
         self.param = param
-        self._free = asyncio.Semaphore(size)
-        self._idle: list[asyncio.subprocess.Process] = []
+        self._threads = concurrent.futures.ThreadPoolExecutor(size, "template")
+        self._lock = threading.Lock()
+        self._idle: list[WorkerProcess] = []
+        self._busy: set[WorkerProcess] = set()
 
     async def render(self, source: str, variables: dict) -> str:
-        """The rendered text.
+        """The rendered text. A caller who goes away takes the worker with it.
 
         Raises:
             RequestRefused: the template is wrong, or was stopped at a limit.
         """
-        request = {"source": source, "variables": variables, "max_chars": self.max_chars}
-        async with self._free:
-            worker = self._idle.pop() if self._idle else await self._start()
-            try:
-                answer = await asyncio.wait_for(self._ask(worker, request), self.limit_s)
-            except TimeoutError:
-                raise RequestRefused(f"the chat template ran longer than {self.limit_s:g} s", self.param) from None
-            except (asyncio.IncompleteReadError, ConnectionError):
-                raise RequestRefused("the chat template needs more memory than it may use", self.param) from None
-            else:
-                self._idle.append(worker)
-                worker = None
-            finally:  # also when the caller goes away
-                if worker is not None:
-                    await _kill(worker)
+        job = _Job({"source": source, "variables": variables, "max_chars": self.max_chars})
+        try:
+            answer = await asyncio.wrap_future(self._threads.submit(self._run, job))
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+        except TimeoutError:
+            raise RequestRefused(f"the chat template ran longer than {self.limit_s:g} s", self.param) from None
+        except EOFError:
+            raise RequestRefused("the chat template needs more memory than it may use", self.param) from None
         if "error" in answer:
             raise RequestRefused(answer["error"], self.param)
         return answer["text"]
 
     async def start(self) -> None:
-        """Starts one worker ahead of the first template."""
-        async with self._free:
-            if not self._idle:
-                self._idle.append(await self._start())
+        """Starts one worker ahead of the first template; where it does not start, that is a warning."""
+        try:
+            await asyncio.wrap_future(self._threads.submit(lambda: self._give_back(self._take())))
+        except (EOFError, TimeoutError):
+            log.warning("the process that renders chat templates did not start; the first chat starts another")
 
     async def close(self) -> None:
+        """Ends the workers, those at work too; later calls raise."""
+        with self._lock:
+            for worker in self._busy:
+                worker.kill()
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
         while self._idle:
-            await _kill(self._idle.pop())
+            self._idle.pop().stop()
 
-    async def _start(self):
-        """A worker that has answered once, so that its start is not counted against a template."""
-        command = [sys.executable, "-I", rendering.__file__, str(self.max_memory_bytes)]
-        pipe = asyncio.subprocess.PIPE
-        worker = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=asyncio.subprocess.DEVNULL,
-            limit=1 << 20,
-            start_new_session=True,  # an interrupt from the keyboard is for the server
-        )
+    def _run(self, job: "_Job") -> dict:
+        worker = self._take()
         try:
-            warm = {"source": "{{ a }}", "variables": {"a": "a"}, "max_chars": 1}
-            await asyncio.wait_for(self._ask(worker, warm), START_LIMIT_S)
-        except BaseException:
-            await _kill(worker)
-            raise
+            job.begin(worker)
+            answer = worker.ask(job.request, self.limit_s)
+        finally:
+            with self._lock:
+                self._busy.discard(worker)
+        if job.end():
+            self._give_back(worker)
+        else:
+            worker.stop()
+        return answer
+
+    def _take(self) -> WorkerProcess:
+        """An idle worker, or a new one that has answered once, so that its start is not counted against a template."""
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.is_alive:
+                    self._busy.add(worker)
+                    return worker
+                worker.stop()
+        worker = WorkerProcess([sys.executable, "-I", rendering.__file__, str(self.max_memory_bytes)])
+        with self._lock:
+            self._busy.add(worker)
+        worker.ask(WARM, START_LIMIT_S)
         return worker
 
-    async def _ask(self, worker, request):
-        data = json.dumps(request).encode()
-        worker.stdin.write(rendering.LENGTH.pack(len(data)) + data)
-        await worker.stdin.drain()
-        (size,) = rendering.LENGTH.unpack(await worker.stdout.readexactly(rendering.LENGTH.size))
-        return json.loads(await worker.stdout.readexactly(size))
+    def _give_back(self, worker: WorkerProcess) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+            self._idle.append(worker)
 
 
-async def _kill(worker):
-    with contextlib.suppress(ProcessLookupError):
-        worker.kill()
-    await worker.wait()
-    worker._transport.close()  # else its pipes wait for the garbage collector
+class _Job:
+    """One rendering, and the worker that has it."""
+
+    def __init__(self, request: dict):
+        self.request = request
+        self._lock = threading.Lock()
+        self._worker: WorkerProcess | None = None
+        self._is_cancelled = False
+
+    def begin(self, worker: WorkerProcess) -> None:
+        with self._lock:
+            self._worker = worker
+            if self._is_cancelled:
+                worker.kill()
+
+    def end(self) -> bool:
+        """The answer is there; False when the worker was killed nevertheless."""
+        with self._lock:
+            self._worker = None
+            return not self._is_cancelled
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._is_cancelled = True
+            if self._worker is not None:
+                self._worker.kill()

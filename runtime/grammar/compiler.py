@@ -13,13 +13,8 @@ import asyncio
 import collections
 import concurrent.futures
 import dataclasses
-import json
-import os
-import selectors
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import llguidance
@@ -28,11 +23,11 @@ from runtime.errors import Busy, ConfigError, RequestRefused
 from runtime.grammar import limits
 from runtime.grammar.constraint import Constraint
 from runtime.grammar.matcher import Matcher, Vocabulary, new_parser
+from runtime.worker_process import WorkerProcess
 
 HOME = Path(__file__).resolve().parent.parent.parent
 # -P keeps a folder named `runtime` in the current directory from being taken for ours.
 PROGRAM = f"import sys; sys.path.insert(0, {str(HOME)!r}); from runtime.grammar.worker import main; main()"
-ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME")  # what an interpreter may need; no keys of ours
 START_S = 60.0  # reading a large tokenizer on a busy machine
 JOBS_A_WORKER = 1000  # then a new one, in case memory frays
 MAX_MESSAGE = 400  # characters of the library's message that a caller sees
@@ -190,19 +185,11 @@ class _WorkerLost(Exception):
 
 
 class _Worker:
-    """One process, and the two pipes to it."""
+    """A process that knows the vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary):
         self.num_jobs = 0
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from the keyboard is for the server
-            env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ} | {"OMP_NUM_THREADS": "1"},
-        )
-        os.set_blocking(self._process.stdout.fileno(), False)
+        self._process = WorkerProcess([sys.executable, "-P", "-c", PROGRAM])
         start = {
             "tokenizer": vocabulary.json,
             "eos_token_ids": vocabulary.eos_token_ids,
@@ -225,36 +212,12 @@ class _Worker:
             _WorkerLost: no answer in time, or the process ended; it has been killed then.
         """
         self.num_jobs += 1
-        deadline = time.monotonic() + timeout_s
         try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-            return json.loads(self._read_line(deadline))
+            return self._process.ask(message, timeout_s)
         except TimeoutError:
-            self.stop()
             raise _WorkerLost(f"took more than {timeout_s:g} s to compile") from None
-        except (OSError, EOFError):
-            self.stop()
+        except EOFError:
             raise _WorkerLost(f"needs more than {limits.COMPILE_BYTES >> 20} MB to compile") from None
 
-    def _read_line(self, deadline: float) -> bytes:
-        pipe, parts = self._process.stdout, []
-        assert pipe is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(pipe, selectors.EVENT_READ)
-            while not parts or not parts[-1].endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                if not (part := os.read(pipe.fileno(), 1 << 20)):
-                    raise EOFError
-                parts.append(part)
-        return b"".join(parts)
-
     def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            try:
-                pipe.close()
-            except OSError:  # a write that never went out
-                pass
+        self._process.stop()

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 
+import httpx
 import pytest
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -72,4 +73,34 @@ def test_no_worker_is_left_behind(untrusted):
     ask(server)
     workers = list(server.app.ctx.chat._models_workers._idle)
     server.call(server.app.ctx.chat.close())
-    assert workers and all(worker.returncode is not None for worker in workers)
+    assert workers and not any(worker.is_alive for worker in workers)
+
+
+def test_a_worker_that_was_killed_is_replaced(untrusted):
+    server = untrusted(GOOD + "{% endif %}")
+    ask(server)
+    for worker in server.app.ctx.chat._models_workers._idle:
+        worker.kill()
+        server.wait_for(lambda worker=worker: not worker.is_alive)
+    assert ask(server).status_code == 200
+
+
+def test_who_leaves_takes_the_worker_along(untrusted):
+    server = untrusted(ENDLESS, model_template_timeout_s=60.0)
+    workers = server.app.ctx.chat._models_workers
+    server.wait_for(lambda: server.app.ctx.opening.done())
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": "loop"}]}, timeout=0.3
+        )
+    server.wait_for(lambda: not workers._busy)
+    assert ask(server).status_code == 200
+
+
+def test_closing_does_not_wait_for_a_template(untrusted):
+    server = untrusted(ENDLESS, model_template_timeout_s=600.0)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        stuck = pool.submit(ask, server, "loop")
+        server.wait_for(lambda: server.app.ctx.chat._models_workers._busy and server.app.ctx.opening.done())
+        server.call(server.app.ctx.chat.close())
+        assert stuck.result().status_code == 400
