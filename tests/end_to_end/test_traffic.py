@@ -143,3 +143,25 @@ def test_wishes_that_leave_no_token_are_the_requests_fault(server, wishes, strea
     error = response.json()["error"]
     assert response.status_code == error["code"] == 400 and error["type"] == "BadRequestError"
     assert "after 0 tokens there is none left that this request allows" in error["message"]
+
+
+@pytest.mark.parametrize("others", ["same", "same-0", "sam"])
+def test_a_client_that_leaves_stops_no_request_but_its_own(server, others):
+    body = {"prompt": "one two", "max_tokens": 200, "seed": 3, "ignore_eos": True, "stream": True}
+
+    def texts(lines):
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        return "".join(part["text"] for chunk in chunks for part in chunk["choices"])
+
+    def opened(request_id):
+        return server.client.stream("POST", "/v1/completions", json=body, headers={"x-request-id": request_id})
+
+    with opened("alone") as response:
+        expected = texts(response.iter_lines())
+    with opened(others) as stays:
+        lines = stays.iter_lines()
+        first = [next(lines)]
+        with opened("same") as leaves:
+            next(leaves.iter_lines())
+        assert texts([*first, *lines]) == expected
+    server.wait_for(lambda: server.engine.num_in_flight == 0)
