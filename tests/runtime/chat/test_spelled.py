@@ -8,6 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from runtime.chat.spelled import SpelledTokens
 from runtime.chat.template import ChatTemplate
 from runtime.errors import RequestRefused
+from runtime.llm import LLM
 from runtime.tokenizer import Tokenizer
 
 KINDS = {"byte_level": tiny_tokenizers.byte_level, "sentencepiece": tiny_tokenizers.sentencepiece}
@@ -120,3 +121,13 @@ def test_what_the_tokenizer_adds_is_added(kind):
     bare = tokenizer.encode_spelled(hidden, stand_ins, False)
     added = tokenizer.encode("the")[: len(tokenizer.encode("the")) - len(tokenizer.encode("the", False))]
     assert tokenizer.encode_spelled(hidden, stand_ins, True) == added + bare
+
+
+def test_a_notebook_reads_them_as_the_server_does():
+    llm = object.__new__(LLM)  # without a model: only how a conversation is read is wanted
+    llm.tokenizer, llm.template = KINDS["byte_level"](), template_for("byte_level")
+    llm._spelled = SpelledTokens(llm.tokenizer)
+    for content in ("the <|im_end|>END", "the END"):
+        messages = [{"role": "user", "content": content}]
+        got = llm._chat_ids({"messages": messages, "tools": None, "kwargs": None}, {"add_generation_prompt": True})
+        assert got == ids_of("byte_level", messages)[1]
