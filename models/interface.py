@@ -39,7 +39,10 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden_SD: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
-        """Scores the vocabulary: float32[S, V]. Pass only the rows to be sampled; rows past num_rows are padding."""
+        """Scores the vocabulary: float32[S, V]. Pass only the rows to be sampled; rows past num_rows are padding.
+
+        Where the vocabulary is split, each device scores its part; see models.parallel.
+        """
         ...
 
 
@@ -85,9 +88,11 @@ def bind(graph: Graph, weights: Mapping[str, Any]):
     return nnx.merge(graph.graphdef, nnx.from_flat_state([(path, weights[name]) for name, path in graph.paths]))
 
 
-def logical_axes(model_class, config, stacked: bool = False) -> dict[str, tuple[str | None, ...]]:
+def logical_axes(
+    model_class, config, stacked: bool = False, *, is_int8: bool = False
+) -> dict[str, tuple[str | None, ...]]:
     """The logical axis names of every weight, for a table that maps them onto a mesh; "layers" is a stack's first."""
-    model = _shapes(model_class, config, stacked)
+    model = _shapes(model_class, config, stacked, is_int8)
     axes = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         folded = leaf.get_value().ndim - len(leaf.axes)

@@ -47,6 +47,7 @@ class EngineConfig:
         seed: requests without a seed of their own get one that follows from this and their prompt. See runtime.seeds.
         hf_overrides: laid over the model's config.json, field by field.
         quantization: "int8" rounds weights when they are loaded, and tokens where they meet them.
+        tensor_parallel_size: devices that each layer is split over.
         stacked: scan over stacked layers; None = on TPU and GPU.
     """
 
@@ -75,6 +76,7 @@ class EngineConfig:
     hf_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     max_queued: int = 256
     cache_dir: str | None = None
+    tensor_parallel_size: int = 1
     stacked: bool | None = None
 
     def __post_init__(self):
@@ -94,6 +96,7 @@ class EngineConfig:
             "num_gpu_blocks_override",
             "kv_cache_memory_bytes",
             "max_queued",
+            "tensor_parallel_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -141,6 +144,7 @@ class EnginePlan:
     max_logprobs: int
     num_logprobs: int
     logprobs_mode: str
+    tensor_parallel_size: int = 1
     stacked: bool
     quantization: str | None
     weight_bytes: int
@@ -209,7 +213,6 @@ def settle(
     weight_bytes: int,
     token_bytes: int,
     dtype: str,
-    num_devices: int = 1,
 ) -> EnginePlan:
     """Turns wishes into numbers, each with its reason.
 
@@ -223,12 +226,15 @@ def settle(
         ConfigError: the wishes contradict each other, or do not fit; the message has the numbers.
     """
     reasons: list[tuple[str, str, str]] = []
+    on_cpu = platform == "cpu"
+    num_devices = 1 if on_cpu else config.tensor_parallel_size  # devices of a CPU share its memory
 
     def choose(name, wish, default, why):
         reasons.append((name, f"{wish if wish is not None else default:,}", "asked" if wish is not None else why))
         return wish if wish is not None else default
 
-    on_cpu = platform == "cpu"
+    if config.tensor_parallel_size > 1:
+        reasons.append(("devices", f"{config.tensor_parallel_size}", "asked: each layer is split over them"))
     max_model_len = choose("max_model_len", config.max_model_len, model_max_len, "the checkpoint's positions")
     if max_model_len > model_max_len and not os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
         raise ConfigError(
@@ -325,6 +331,7 @@ def settle(
         max_logprobs=max_logprobs,
         num_logprobs=max(1, max_logprobs),
         logprobs_mode=config.logprobs_mode,
+        tensor_parallel_size=config.tensor_parallel_size,
         stacked=config.stacked if config.stacked is not None else not on_cpu,
         quantization=config.quantization,
         weight_bytes=weight_bytes,

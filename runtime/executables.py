@@ -18,7 +18,7 @@ import platform
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -65,6 +65,7 @@ def build(
     identity: str,
     cache_dir: Path | None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Built:
     """Loads or compiles every program; returns when all are ready.
 
@@ -73,20 +74,22 @@ def build(
         identity: everything the programs depend on that this module cannot see: model and plan.
         cache_dir: folder of serialized executables; None keeps nothing.
         progress: called with (name, done, total) as each becomes ready.
+        devices: that the programs run on; the first of all when None.
     """
     start = time.monotonic()
     if cache_dir and jax.config.jax_compilation_cache_dir:
         # On CPU a program compiled beside others that came from JAX's cache loses functions when it is serialized.
         log.warning("JAX_COMPILATION_CACHE_DIR is set, so compiled steps are kept there only")
         cache_dir = None
-    base = "\n".join([identity, toolchain(), source_digest()])
+    devices = devices or jax.devices()[:1]
+    base = "\n".join([identity, toolchain(), source_digest(), str([d.id for d in devices])])
     table, loaded = {}, 0
     paths = {key: cache_dir / f"{_digest(base, str(key))}.jaxexec" for key in programs} if cache_dir else {}
     # All or none: what is compiled beside restored programs must not be written, see above.
     restores = bool(paths) and all(path.exists() for path in paths.values())
 
     def one(key):
-        compiled = _load(paths[key]) if restores else None
+        compiled = _load(paths[key], devices) if restores else None
         if compiled is not None:
             return compiled, True
         program = programs[key]
@@ -158,7 +161,7 @@ def _save(path: Path, compiled) -> None:
         log.warning("compiled step not kept on disk: %s", error)
 
 
-def _load(path: Path):
+def _load(path: Path, devices):
     """The executable at path, or None where there is none that can be trusted."""
     try:
         data = path.read_bytes()
@@ -169,7 +172,8 @@ def _load(path: Path):
         log.warning("compiled step %s is damaged; compiling it again", path.name)
         return None
     try:
-        return serialize_executable.deserialize_and_load(*pickle.loads(body))
+        # Without its devices a program of a few of them would end this process.
+        return serialize_executable.deserialize_and_load(*pickle.loads(body), execution_devices=devices)
     except Exception as error:  # the library raises many types for a program it cannot run here
         log.warning("compiled step %s cannot be loaded (%s); compiling it again", path.name, type(error).__name__)
         return None

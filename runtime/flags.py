@@ -12,7 +12,7 @@ ONE_PROCESS = "one process holds the HTTP server and the engine"
 OWN_MODELS = "every model family is code of this project; nothing from a model folder is executed"
 OWN_CONFIG = "the model is what its config.json says; change that with --hf-overrides"
 ONLY_TEXT = "models that generate text are served, as such; leave it at auto"
-ONE_DEVICE = "a model runs on one device; leave it at 1, and run more servers behind a proxy"
+ONE_DEVICE = "a model is not cut that way; leave it at 1, and split layers by --tensor-parallel-size"
 NO_MEDIA = "no family that takes images or audio is served"
 NO_PLUGINS = "no code is loaded from outside; put it in a proxy before the server"
 
@@ -330,7 +330,13 @@ LORA = (
 )
 
 PARALLEL = (
-    Flag("tensor-parallel-size", "int", "devices a layer.", refused=ONE_DEVICE, harmless=(1,), short=("-tp",)),
+    Flag(
+        "tensor-parallel-size",
+        "int",
+        "devices that each layer is split over (1).",
+        to="engine.tensor_parallel_size",
+        short=("-tp",),
+    ),
     Flag("pipeline-parallel-size", "int", "stages of layers.", refused=ONE_DEVICE, harmless=(1,), short=("-pp",)),
     Flag("data-parallel-size", "int", "copies of the model.", refused=ONE_DEVICE, harmless=(1,), short=("-dp",)),
     Flag("enable-expert-parallel", "switch", "spread experts.", refused=ONE_DEVICE, harmless=(False,)),

@@ -25,10 +25,10 @@ import numpy as np
 
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.load import load_weights
-from models.interface import abstract, bind
+from models.interface import abstract, bind, logical_axes
 from pallas_kernels import cpu
 from pallas_kernels.ragged_paged_attention import cache_shape
-from runtime import executables, step_state
+from runtime import executables, mesh, step_state
 from runtime.batch import StepBuffer, StepLayout
 from runtime.buckets import Bucket, buckets_for
 from runtime.config import EngineConfig, EnginePlan, device_memory, itemsize, settle
@@ -96,7 +96,8 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, platform)
     stacked = config.stacked if config.stacked is not None else platform != "cpu"
     is_int8 = config.quantization == "int8"
-    graph, shapes = abstract(checkpoint.model_class, checkpoint.config, jnp.dtype(dtype), stacked, is_int8=is_int8)
+    layout = Layout.of(checkpoint, stacked, is_int8, config.tensor_parallel_size)
+    graph, shapes = abstract(checkpoint.model_class, layout.config, jnp.dtype(dtype), stacked, is_int8=is_int8)
     kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     specs = bind(graph, shapes).cache_specs()
     plan = settle(
@@ -105,26 +106,24 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
         memory=device_memory(jax.devices()[0]),
         vocab_size=checkpoint.config.vocab_size,
         model_max_len=checkpoint.config.max_length,
-        weight_bytes=sum(int(np.prod(s.shape)) * s.dtype.itemsize for s in shapes.values()),
-        token_bytes=sum(int(np.prod(cache_shape(1, 1, s.num_kv_heads, s.head_dim, platform))) for s in specs)
+        weight_bytes=layout.num_bytes(shapes),
+        token_bytes=sum(int(np.prod(_pages(s, 1, 1, config.tensor_parallel_size, platform))) for s in specs)
         * itemsize(kv_dtype),
         dtype=dtype,
     )
     cache_dir = cache_folder(config)
-    weights = _timed(seconds, "weights", _weights, checkpoint, shapes, plan, cache_dir, progress)
+    weights = _timed(seconds, "weights", _weights, checkpoint, layout, shapes, plan, cache_dir, progress)
     caches = _cache_shapes(specs, plan)
     tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_config)
     eos_id, eos_ids = end_tokens(checkpoint, tokenizer)
     usual = empty_row(plan.vocab_size, sorted(eos_ids))
-    programs = _programs(graph, weights, plan, caches, usual)
-    identity = (
-        f"{checkpoint.model_class.__qualname__} {checkpoint.config} {dataclasses.replace(plan, reasons=(), seed=0)}"
-    )
+    programs = _programs(graph, weights, plan, caches, usual, layout)
+    identity = f"{checkpoint.model_class.__qualname__} {layout.config} {dataclasses.replace(plan, reasons=(), seed=0)}"
     if platform == "cpu" and cpu.is_available():
         progress("kernels", 0, 1)
         _timed(seconds, "kernels", cpu.register)  # programs from disk refer to them by name
         progress("kernels", 1, 1)
-    built = executables.build(programs, identity, cache_dir and cache_dir / "steps", progress)
+    built = executables.build(programs, identity, cache_dir and cache_dir / "steps", progress, layout.devices)
     seconds["compile" if built.num_loaded < len(programs) else "restore steps"] = built.seconds
     state = _timed(seconds, "allocate", built.table["new_state"])
     loaded = Loaded(
@@ -135,7 +134,10 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
         steps={key: program for key, program in built.table.items() if isinstance(key, Bucket)},
         load_history=built.table["load_history"],
         load_tables=built.table["load_tables"],
-        no_mask={b.num_rows: jnp.zeros((b.num_rows, mask_words(plan)), jnp.uint32) for b in buckets_for(plan)},
+        no_mask={
+            b.num_rows: jax.device_put(np.zeros((b.num_rows, mask_words(plan)), np.uint32), layout.whole)
+            for b in buckets_for(plan)
+        },
         eos_id=eos_id,
         eos_ids=eos_ids,
         usual_tables=usual,
@@ -147,6 +149,49 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
     loaded = _timed(seconds, "warm up", _warm_up, loaded)
     _give_memory_back()
     return loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a model's weights are.
+
+    Attributes:
+        config: the model's, as the devices want it.
+        tensor: how it is split over devices; None for one.
+        specs: {name: what of each weight a device holds}; empty for one.
+    """
+
+    config: Any
+    tensor: mesh.Tensor | None
+    specs: dict[str, jax.sharding.PartitionSpec]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, stacked: bool, is_int8: bool, tensor_parallel_size: int) -> "Layout":
+        if tensor_parallel_size == 1:
+            return cls(checkpoint.config, None, {})
+        config = mesh.fit(checkpoint.config, tensor_parallel_size)
+        tensor = mesh.Tensor.over(mesh.devices_for(tensor_parallel_size), config.vocab_size)
+        axes = logical_axes(checkpoint.model_class, config, stacked, is_int8=is_int8)
+        return cls(config, tensor, tensor.weight_specs(axes))
+
+    @property
+    def whole(self) -> jax.sharding.Sharding:
+        """Everything on every device."""
+        return self.tensor.whole if self.tensor else jax.sharding.SingleDeviceSharding(self.devices[0])
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        return list(self.tensor.mesh.devices.flat) if self.tensor else jax.devices()[:1]
+
+    def shardings(self, names) -> dict[str, jax.sharding.Sharding]:
+        if self.tensor is None:
+            return dict.fromkeys(names, self.whole)
+        return self.tensor.shardings({name: self.specs[name] for name in names})
+
+    def num_bytes(self, shapes) -> int:
+        """Bytes of these weights on all devices together."""
+        copies = lambda name: self.tensor.size if self.tensor and mesh.AXIS not in self.specs[name] else 1
+        return sum(copies(name) * int(np.prod(s.shape)) * s.dtype.itemsize for name, s in shapes.items())
 
 
 def resolve_dtype(wish: str, stored: str, platform: str) -> str:
@@ -218,27 +263,32 @@ def _timed(seconds, phase, function, *args):
     return result
 
 
-def _weights(checkpoint, shapes, plan, cache_dir, progress):
+def _weights(checkpoint, layout, shapes, plan, cache_dir, progress):
     """Converted weights: from the cache where it holds these very ones, else converted and kept."""
     identity = [checkpoint.fingerprint(), plan.dtype, str(plan.quantization), str(plan.stacked)]
-    identity += [str(checkpoint.config), _converter_digest()]
+    identity += [str(layout.config), _converter_digest()]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
     folder = cache_dir and cache_dir / "weights" / name
     if folder and (folder / "complete").exists():
         try:
             progress("weights", 0, 1)
-            weights = _restore(folder / "arrays", shapes)
+            weights = _restore(folder / "arrays", shapes, layout.shardings(shapes))
             progress("weights", 1, 1)
             return weights
         except (OSError, ValueError, KeyError) as error:
             log.warning("converted weights %s cannot be read (%s); converting again", name, type(error).__name__)
     convert_progress = lambda done, total: progress("weights", done, total)
     stored = shapes
-    if plan.quantization:
+    is_repeated = layout.config != checkpoint.config
+    if plan.quantization or is_repeated:
         _, stored = abstract(checkpoint.model_class, checkpoint.config, jnp.dtype(plan.dtype), plan.stacked)
-    weights = load_weights(checkpoint, stored, progress=convert_progress)
+    shardings = dict.fromkeys(stored, layout.whole) if is_repeated else layout.shardings(stored)
+    weights = load_weights(checkpoint, stored, shardings=shardings, progress=convert_progress)
+    if is_repeated:
+        _, wanted = abstract(checkpoint.model_class, layout.config, jnp.dtype(plan.dtype), plan.stacked)
+        weights = jax.device_put(mesh.repeat_kv_heads(weights, wanted), layout.shardings(wanted))
     if plan.quantization:
-        weights = to_int8(weights, shapes)
+        weights = jax.device_put(to_int8(weights, shapes), layout.shardings(shapes))
     if folder:
         _keep(folder, weights)
     return weights
@@ -253,12 +303,12 @@ def _converter_digest() -> str:
     return digest.hexdigest()
 
 
-def _restore(folder, shapes):
+def _restore(folder, shapes, shardings):
     import orbax.checkpoint as ocp  # half a second, which only a warm start pays
 
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     targets = {
-        path.replace(".", "/"): jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for path, s in shapes.items()
+        path.replace(".", "/"): jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[path])
+        for path, s in shapes.items()
     }
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore(folder, targets)
@@ -282,35 +332,54 @@ def _keep(folder, weights):
 
 def _cache_shapes(specs, plan):
     """One array a layer, or one of all layers' pages when layers are stacked."""
-    shapes = [cache_shape(plan.num_pages, plan.page_size, s.num_kv_heads, s.head_dim, plan.platform) for s in specs]
+    shapes = [_pages(s, plan.num_pages, plan.page_size, plan.tensor_parallel_size, plan.platform) for s in specs]
     if plan.stacked:
         shapes = [(len(shapes) * shapes[0][0], *shapes[0][1:])]
     return [jax.ShapeDtypeStruct(shape, jnp.dtype(plan.kv_dtype)) for shape in shapes]
 
 
-def _programs(graph, weights, plan, caches, usual):
+def _pages(spec, num_pages, page_size, num_devices, platform):
+    """The shape of one layer's pages; each device pads its own part of it."""
+    pages, tokens, vectors, width = cache_shape(
+        num_pages, page_size, spec.num_kv_heads // num_devices, spec.head_dim, platform
+    )
+    return pages, tokens, num_devices * vectors, width
+
+
+def _programs(graph, weights, plan, caches, usual, layout):
     """{key: Program} of all that will ever run."""
     as_shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
     state = jax.eval_shape(functools.partial(step_state.empty_state, plan, usual), caches)
-    weight_shapes = as_shape(weights)
+    tensor, weight_shapes, of_state = layout.tensor, as_shape(weights), None
+    if tensor:
+        specs = jax.tree.broadcast(tensor.state_specs(len(caches)), state)
+        of_state = tensor.shardings(specs)
+        state = _placed(state, of_state)
+        weight_shapes = _placed(weight_shapes, layout.shardings(weight_shapes))
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     programs: dict[Any, executables.Program] = {}
     for bucket in buckets_for(plan):
-        jitted = jax.jit(make_step(graph, bucket, plan), donate_argnums=1)
+        step = make_step(graph, bucket, plan)
+        jitted = jax.jit(tensor.spread(step, layout.specs, len(caches)) if tensor else step, donate_argnums=1)
         mask = jax.ShapeDtypeStruct((bucket.num_rows, mask_words(plan)), jnp.uint32)
         packed = int32((StepLayout.of(bucket, plan).size,))
         programs[bucket] = executables.Program(jitted, (weight_shapes, state, packed, mask))
-    history = jax.jit(step_state.load_history, donate_argnums=0)
+    history = jax.jit(step_state.load_history, donate_argnums=0, out_shardings=of_state)
     programs["load_history"] = executables.Program(history, (state, int32(()), int32((plan.max_model_len,))))
-    tables = jax.jit(step_state.load_tables, donate_argnums=0)
+    tables = jax.jit(step_state.load_tables, donate_argnums=0, out_shardings=of_state)
     programs["load_tables"] = executables.Program(tables, (state, int32(()), as_shape(usual)))
-    untouched = cpu.blank if plan.platform == "cpu" and cpu.is_available() else jnp.zeros
+    untouched = cpu.blank if plan.platform == "cpu" and cpu.is_available() and not tensor else jnp.zeros
 
     def new_state():
         return step_state.empty_state(plan, usual, [untouched(c.shape, c.dtype) for c in caches])
 
-    programs["new_state"] = executables.Program(jax.jit(new_state), ())
+    programs["new_state"] = executables.Program(jax.jit(new_state, out_shardings=of_state), ())
     return programs
+
+
+def _placed(shapes, shardings):
+    """Shapes that say where their arrays are."""
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
 def _warm_up(loaded: Loaded) -> Loaded:

@@ -21,7 +21,7 @@ from models.interface import bind
 from runtime.batch import FROM_DEVICE, StepLayout
 from runtime.buckets import Bucket
 from runtime.config import EnginePlan
-from runtime.sampling import Knobs, finished, sample, score_tokens
+from runtime.sampling import Knobs, finished, sample_spread, score_tokens, whole_scores
 from runtime.step_state import StepOutput, StepState, pack_rows
 from runtime.window import make_window
 
@@ -72,7 +72,7 @@ def _make_mixed(graph: Any, bucket: Bucket, plan: EnginePlan) -> Callable:
         history_XU = state.history_XU.at[slot_T, positions_T].set(token_ids_T)
 
         knobs = Knobs.unpack(f["knobs"], num_known_S=kv_lens_S)
-        sampled = sample(
+        sampled = sample_spread(
             model.logits(hidden_TD[jnp.maximum(cu_S1[1:] - 1, 0)], num_rows),
             knobs,
             state.tables,
@@ -93,7 +93,8 @@ def _make_mixed(graph: Any, bucket: Bucket, plan: EnginePlan) -> Callable:
         )
         is_last_T = index_T == cu_S1[1:][row_T] - 1
         next_ids_T = jnp.where(is_last_T, f["next_tokens"][row_T], jnp.roll(token_ids_T, -1))
-        prompt = score_tokens(hidden_TD, next_ids_T, num_scored, model.logits, max_logprobs=plan.num_logprobs)
+        logits = whole_scores(model.logits)
+        prompt = score_tokens(hidden_TD, next_ids_T, num_scored, logits, max_logprobs=plan.num_logprobs)
         count_S, faulty_S = gains_S.astype(jnp.int32), gains_S & sampled.is_faulty_S
         rows_OS = pack_rows(count_S, faulty_S, sampled.rank_S, sampled.logprob_S, sampled.token_S[None])
         return state, StepOutput(rows_OS, sampled.top_ids_SJ, sampled.top_logprobs_SJ, prompt)

@@ -7,6 +7,7 @@ Dimension key
 import jax.numpy as jnp
 from flax import nnx
 
+from models import parallel
 from models.layers.linear import int8_form
 from pallas_kernels.linear import linear
 
@@ -23,9 +24,16 @@ class Embedding(nnx.Module):
 
     def __call__(self, token_ids_T, dtype=None):
         """`[T, D]` in dtype, or the table's own."""
-        x_TD = self.table[...][token_ids_T]
+        table_VD = self.table[...]
+        if (split := parallel.splits("vocab")) is not None:
+            rows_T = token_ids_T - parallel.place(split) * len(table_VD)
+            mine_T = (rows_T >= 0) & (rows_T < len(table_VD))
+            token_ids_T = jnp.where(mine_T, rows_T, 0)
+        x_TD = table_VD[token_ids_T]
         if self.table_scale is not None:
             x_TD = x_TD.astype(jnp.float32) * self.table_scale[...][token_ids_T][:, None]
+        if split is not None:  # the other devices add zeros
+            x_TD = parallel.add_up(jnp.where(mine_T[:, None], x_TD, 0), split)
         return x_TD if dtype is None else x_TD.astype(dtype)
 
     def scores(self, hidden_SD, num_rows=None):

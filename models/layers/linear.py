@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models import parallel
 from pallas_kernels.linear import linear
 
 
@@ -22,7 +23,7 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, out: tuple[int, ...], num_in: int, *, axes: tuple, bias: bool = False, rngs: nnx.Rngs):
-        self.out = out
+        self.inside = axes[-1]  # the logical axis that the products are summed over
         init = nnx.initializers.normal(0.02)
         self.kernel = nnx.Param(init(rngs.params(), (*out, num_in), jnp.float32), axes=axes)
         self.bias = nnx.Param(jnp.zeros(out, jnp.float32), axes=axes[:-1]) if bias else None
@@ -45,8 +46,10 @@ class Linear(nnx.Module):
         Returns:
             `[T, *out]`, or `[T, *out[1:]]` with an activation.
         """
-        kernel, out = self.kernel[...], self.out if activation is None else self.out[1:]
-        before = self.out[:1] if activation else ()
+        if (split := parallel.splits(self.inside)) is not None:
+            return self._summed(x_TI, num_tokens, split, residual=residual, out_dtype=out_dtype)
+        kernel = self.kernel[...]
+        before, out = (kernel.shape[:1], kernel.shape[1:-1]) if activation else ((), kernel.shape[:-1])
         bias = None if self.bias is None else self.bias[...].reshape(*before, -1)
         scale = None if self.kernel_scale is None else self.kernel_scale[...].reshape(*before, -1)
         y_TO = linear(
@@ -63,6 +66,16 @@ class Linear(nnx.Module):
             out_dtype=out_dtype,
         )
         return y_TO.reshape(-1, *out)
+
+    def _summed(self, x_TI, num_tokens, split, *, residual, out_dtype):
+        """The same where each device has a part of the inputs; what is added to the product is added once."""
+        kernel_OI = self.kernel[...]
+        scale = None if self.kernel_scale is None else self.kernel_scale[...]
+        y_TO = parallel.add_up(linear(x_TI, kernel_OI, num_tokens, kernel_scale=scale), split)
+        for term in (None if self.bias is None else self.bias[...], residual):
+            if term is not None:
+                y_TO = y_TO.astype(jnp.float32) + term.astype(jnp.float32)
+        return y_TO.astype(out_dtype or x_TI.dtype)
 
 
 def int8_form(kernel: nnx.Param) -> nnx.Param:

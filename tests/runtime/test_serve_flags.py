@@ -133,7 +133,9 @@ def test_values_reach_their_sections():
         "some/model --port 8001 --max-model-len 4K --no-enable-prefix-caching --served-model-name a b -tp=1 -q=int8"
     )
     assert asked["start"] == {"model": "some/model", "port": 8001}
-    assert asked["engine"] == {"max_model_len": 4096, "enable_prefix_caching": False, "quantization": "int8"}
+    assert asked["engine"] == {
+        "max_model_len": 4096, "enable_prefix_caching": False, "quantization": "int8", "tensor_parallel_size": 1
+    }  # fmt: skip
     assert asked["server"] == {"served_names": ["a", "b"]}
 
 
@@ -168,7 +170,7 @@ def test_other_sizes_are_refused(text):
         ("a b", "one word too many"),
         ("a --model b", "two models"),
         ("--no-enable-chunked-prefill", "always read in chunks"),
-        ("--tensor-parallel-size 2", "one device"),
+        ("--pipeline-parallel-size 2", "not cut that way"),
     ],
 )
 def test_mistakes_are_answered_with_a_remedy(line, says):

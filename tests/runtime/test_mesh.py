@@ -1,0 +1,116 @@
+"""A model on several devices gives the tokens of one; what cannot be divided is refused with what can."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from runtime import mesh
+from runtime.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+EIGHT_HEADS = {
+    "num_attention_heads": 8,
+    "head_dim": 8,
+}  # and two kv heads: on four and eight devices each is kept twice
+
+
+def run(family, changes, sizes, **options):
+    """What each size answered. In a process of its own: a CPU is one device unless it is told before."""
+    script = ROOT / "tests" / "support" / "mesh_answers.py"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "http", ROOT / "tests" / "support")))
+    done = subprocess.run(
+        [sys.executable, str(script), family, *map(json.dumps, (changes, sizes, options))],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "sizes", "options"),
+    [
+        ("llama", EIGHT_HEADS, [1, 8], {}),
+        ("llama_biased", {"vocab_size": 322}, [1, 4], {}),  # a vocabulary that four do not divide
+        ("qwen2", EIGHT_HEADS, [1, 4], {"stacked": True}),
+        ("qwen3", EIGHT_HEADS, [1, 4], {}),
+        ("gemma3", EIGHT_HEADS, [1, 4], {}),
+    ],
+)
+def test_several_devices_give_the_tokens_of_one(family, changes, sizes, options):
+    alone, *others = run(family, changes, sizes, **options)
+    for size, found in zip(sizes[1:], others, strict=True):
+        assert found["answers"] == alone["answers"], f"{size} devices"
+        assert found["compiled_later"] == 0
+        check_collectives(found["collectives"], found["weights"], size)
+
+
+def check_collectives(collectives, weights, size):
+    """Two sums a layer and one for a split token table; nothing as large as a weight is ever gathered."""
+    layers = 3 if any("layers.2." in name for name in weights) else 2
+    is_stacked = "layers.attn.o.kernel" in weights  # then the program holds one layer
+    is_split = weights["embed.table"][0] != weights["embed.table"][1]
+    assert len(collectives["all-reduce"]) == 2 * (1 if is_stacked else layers) + is_split
+    assert len(collectives["all-to-all"]) <= is_split * size
+    smallest = min(math.prod(shape) for name, (shape, _) in weights.items() if name.endswith("kernel"))
+    assert all(math.prod(shape) < smallest for shape in collectives["all-gather"])
+    assert not collectives["collective-permute"] and not collectives["reduce-scatter"]
+    for name, (whole, part) in weights.items():
+        if name.endswith(("qkv.kernel", "o.kernel", "gate_up.kernel", "down.kernel")):
+            assert math.prod(part) * size == math.prod(whole), name
+
+
+def test_weights_and_steps_of_a_mesh_are_kept_and_found_again():
+    first, again, other = run("llama", {}, [2, 2, 1])
+    assert first["answers"] == again["answers"] == other["answers"]
+
+
+CONFIG = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=14336)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (
+            3,
+            "tensor_parallel_size 3 does not divide 32 query heads and 8 kv heads and 14336 feed-forward units; 2 does",
+        ),
+        (12, "tensor_parallel_size 12 does not divide 32 query heads"),
+        (64, "tensor_parallel_size 64 does not divide 32 query heads; 32 does"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(size, message):
+    with pytest.raises(ConfigError) as refused:
+        mesh.fit(CONFIG, size)
+    assert message in str(refused.value) and "(of 1, 2, 4, 8, 16, 32)" in str(refused.value)
+
+
+def test_more_devices_than_there_are_is_refused():
+    have = len(jax.local_devices())
+    with pytest.raises(ConfigError, match=f"needs as many devices, and here are {have} .*lower it"):
+        mesh.devices_for(have + 1)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_a_repeated_kv_head_keeps_each_query_with_its_own(lead):
+    K, G, H, D, copies = 2, 4, 3, 5, 2
+    weight = np.random.default_rng(0).normal(size=(*lead, K, G + 2, H, D)).astype(np.float32)
+    wanted = jax.ShapeDtypeStruct((*lead, K * copies, G // copies + 2, H, D), np.float32)
+    other = np.ones((4, 4), np.float32)
+    found = mesh.repeat_kv_heads(
+        {"qkv": weight, "o": other}, {"qkv": wanted, "o": jax.ShapeDtypeStruct((4, 4), np.float32)}
+    )
+    repeated = np.asarray(found["qkv"])
+    assert found["o"] is other and repeated.shape == wanted.shape
+    for k in range(K * copies):
+        part, own = repeated[..., k, :, :, :], weight[..., k // copies, :, :, :]
+        first = k % copies * G // copies
+        assert np.array_equal(part[..., :-2, :, :], own[..., first : first + G // copies, :, :])
+        assert np.array_equal(part[..., -2:, :, :], own[..., -2:, :, :])

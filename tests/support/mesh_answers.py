@@ -1,0 +1,79 @@
+"""Run as a program: what a tiny model answers on one device and on several, as JSON. Devices are made of this CPU.
+
+mesh_answers.py FAMILY CHANGES SIZES OPTIONS     JSON each, but for the family
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import tiny
+
+from runtime.config import EngineConfig
+from runtime.engine import Engine
+from runtime.params import SamplingParams
+from runtime.request import Prompt
+
+SIZES = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "block_size": 4, "num_gpu_blocks_override": 64}
+OPTIONS = {"dtype": "float32", "max_model_len": 96, "speculative_config": {"num_speculative_tokens": 0}}
+KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+REQUESTS = [
+    (range(5, 40), SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)),
+    (range(7, 20), SamplingParams(temperature=1.0, seed=3, top_p=0.9, max_tokens=10, ignore_eos=True)),
+    (range(9, 30), SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2, prompt_logprobs=1)),
+]
+
+
+def answers(engine: Engine) -> dict:
+    """{request: tokens and, of the one that asked, log probabilities rounded to what several devices agree on}."""
+    found: dict = {}
+    for number, (prompt, params) in enumerate(REQUESTS):
+        engine.add(engine.prepare(f"{number}", Prompt(list(prompt)), params))
+    while engine.has_work:
+        for gain in engine.step():
+            if gain.error:
+                raise gain.error
+            found.setdefault(gain.choice.key, []).extend(gain.token_ids)
+            found.setdefault("logprobs", []).extend(round(entry.logprob, 3) for entry in gain.logprobs or ())
+            if (scored := gain.choice.prompt_logprobs) and gain.finish_reason:
+                found["prompt"] = [round(entry.logprob, 3) for entry in scored[1:]]
+    return found
+
+
+def collectives(engine: Engine) -> dict:
+    """{kind: shapes of the results} of the largest decode step."""
+    bucket = max((b for b in engine.loaded.steps if b.is_decode), key=lambda b: b.num_rows)
+    text = engine.loaded.steps[bucket].as_text()
+    kinds: dict = {"all-reduce": [], "all-gather": [], "all-to-all": [], "collective-permute": [], "reduce-scatter": []}
+    for shape, kind in re.findall(
+        r"= \(?[a-z0-9]+\[([\d,]*)\]\S* (all-[a-z-]+|collective-permute|reduce-scatter)\(", text
+    ):
+        kinds[kind].append([int(n) for n in shape.split(",") if n])
+    return kinds
+
+
+def main():
+    family, changes, sizes, options = sys.argv[1], *map(json.loads, sys.argv[2:])
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = tiny.make_checkpoint(family, Path(folder) / "model", **changes)
+        for size in sizes:
+            config = EngineConfig(
+                model=str(checkpoint), cache_dir=f"{folder}/cache", tensor_parallel_size=size,
+                **{**SIZES, **OPTIONS, **options},
+            )  # fmt: skip
+            engine = Engine.load(config)
+            weights = {
+                name: [list(array.shape), list(array.sharding.shard_shape(array.shape))]
+                for name, array in engine.loaded.weights.items()
+            }
+            found = {"answers": answers(engine), "collectives": collectives(engine), "weights": weights}
+            print(json.dumps(found | {"compiled_later": engine.num_recompiles}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
