@@ -159,3 +159,10 @@ def test_statistics_are_logged_unless_switched_off(serve, caplog, config, is_tol
 
     if is_told:
         server.wait_for(is_seen)
+
+
+@pytest.mark.parametrize("model, start", [(CompletionRequest, {"prompt": "a"}), (ChatRequest, {"messages": USER})])
+def test_every_deprecated_constraint_field_is_passed_on(model, start):
+    names = ("json", "regex", "choice", "grammar", "whitespace_pattern")
+    given = {f"guided_{name}": ["x"] if name == "choice" else "x" for name in names} | {"structural_tag": "x"}
+    assert model(**start, **given).guided == given

@@ -194,3 +194,12 @@ def test_connections_over_the_limit_are_turned_away(server):
             sock.close()
     server.wait_for(lambda: True)
     assert server.client.get("/health").status_code == 200
+
+
+def test_an_idle_connection_is_closed_after_its_time(serve):
+    server = serve(config={"keep_alive_s": 0.3})
+    with socket.create_connection(("127.0.0.1", server.port), 10) as sock:
+        for _ in range(2):  # it is kept for a second request, and no longer
+            sock.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert b"200 OK" in sock.recv(4096)
+        assert sock.recv(4096) == b""

@@ -23,7 +23,8 @@ class LiveServer:
     def __init__(self, engine, config: ServerConfig | None = None):
         self.engine = engine
         self.app = create_app(engine, config or ServerConfig())
-        self.app.config.KEEP_ALIVE_TIMEOUT = 60  # a slow test must not meet a connection that has just been closed
+        if self.app.config.KEEP_ALIVE_TIMEOUT == ServerConfig().keep_alive_s:
+            self.app.config.KEEP_ALIVE_TIMEOUT = 60  # a slow test must not meet a connection that has just been closed
         self.app.config.TOUCHUP = False  # it rewrites classes of Sanic, once a process
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))

@@ -41,6 +41,7 @@ def test_nothing_asked_is_no_constraint(fields):
         ({"structured_outputs": {"choice": ["yes", "no"]}}, "choice", ["yes", "no"]),
         ({"guided": {"guided_choice": ["yes", "no"]}}, "choice", ["yes", "no"]),
         ({"guided": {"guided_json": SCHEMA}}, "json", SCHEMA),
+        ({"guided": {"structural_tag": json.dumps(TAG)}}, "structural_tag", TAG),
     ],
 )
 def test_fields_become_the_constraint(fields, kind, source):
