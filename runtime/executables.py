@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib.version
@@ -65,7 +66,7 @@ def build(
     identity: str,
     cache_dir: Path | None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Built:
     """Loads or compiles every program; returns when all are ready.
 

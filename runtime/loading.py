@@ -180,10 +180,10 @@ class Layout:
         return self.tensor.whole if self.tensor else jax.sharding.SingleDeviceSharding(self.devices[0])
 
     @property
-    def devices(self) -> list[jax.Device]:
+    def devices(self) -> list[Any]:
         return list(self.tensor.mesh.devices.flat) if self.tensor else jax.devices()[:1]
 
-    def shardings(self, names) -> dict[str, jax.sharding.Sharding]:
+    def shardings(self, names) -> dict[str, Any]:
         if self.tensor is None:
             return dict.fromkeys(names, self.whole)
         return self.tensor.shardings({name: self.specs[name] for name in names})
@@ -282,7 +282,7 @@ def _weights(checkpoint, layout, shapes, plan, cache_dir, progress):
     is_repeated = layout.config != checkpoint.config
     if plan.quantization or is_repeated:
         _, stored = abstract(checkpoint.model_class, checkpoint.config, jnp.dtype(plan.dtype), plan.stacked)
-    shardings = dict.fromkeys(stored, layout.whole) if is_repeated else layout.shardings(stored)
+    shardings = {name: layout.whole for name in stored} if is_repeated else layout.shardings(stored)
     weights = load_weights(checkpoint, stored, shardings=shardings, progress=convert_progress)
     if is_repeated:
         _, wanted = abstract(checkpoint.model_class, layout.config, jnp.dtype(plan.dtype), plan.stacked)

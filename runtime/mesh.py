@@ -116,7 +116,7 @@ def _misfits(config, size):
     return [name for name, fits in dimensions.items() if not fits]
 
 
-def devices_for(tensor_parallel_size: int) -> list[jax.Device]:
+def devices_for(tensor_parallel_size: int) -> list[Any]:
     """The first so many devices of this process.
 
     Raises:
