@@ -25,6 +25,7 @@ class StepInputs:
         page_table_SM: page ids of each row; columns past its last page are unread.
         counts_2: `[num_decode, num_rows]`.
         num_tokens: scalar, real tokens; equals cu_q_lens_S1[-1].
+        max_q_len: the most tokens that a row brings, where the program is made for so few; None for any.
     """
 
     token_ids_T: jax.Array
@@ -34,6 +35,7 @@ class StepInputs:
     page_table_SM: jax.Array
     counts_2: jax.Array
     num_tokens: jax.Array
+    max_q_len: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)

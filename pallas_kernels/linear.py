@@ -96,9 +96,10 @@ def reference(
         x = x_TI.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm_eps)
         x_TI = (x * (norm_I.astype(jnp.float32) + norm_offset)).astype(x_TI.dtype)
-    halves = kernel if kernel.ndim == 3 else [kernel]
-    scales, biases = ((None, None) if a is None else a.reshape(len(halves), -1) for a in (kernel_scale, bias))
-    y_TO, *up = [_product(x_TI, *half) for half in zip(halves, scales, biases, strict=False)]
+    # Both halves in one product: cut out of stacked layers one by one, XLA would copy each before it multiplies.
+    flat = lambda a: None if a is None else a.reshape(-1)
+    y_TO = _product(x_TI, kernel.reshape(-1, kernel.shape[-1]), flat(kernel_scale), flat(bias))
+    y_TO, *up = jnp.split(y_TO, 2, axis=1) if kernel.ndim == 3 else [y_TO]
     y_TO = ACTIVATIONS[activation](y_TO)
     for up_TO in up:
         y_TO *= up_TO

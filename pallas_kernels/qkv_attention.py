@@ -40,6 +40,7 @@ def qkv_attention(
     k_scale=None,
     v_scale=None,
     page_offset=0,
+    max_q_len=None,
     implementation=None,
 ):
     """Normalises and rotates queries and keys, writes keys and values to their pages, and attends.
@@ -85,6 +86,7 @@ def qkv_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         page_offset=page_offset,
+        max_q_len=max_q_len,
     )
 
 
@@ -120,7 +122,7 @@ def _rotated(x_TKXH, table_T2R):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def _cpu(qkv_TKXH, cache_PBCH, *batch, ropes_ET2R, **options):
+def _cpu(qkv_TKXH, cache_PBCH, *batch, ropes_ET2R, max_q_len, **options):
     from pallas_kernels.cpu import attention
 
     _, K, X, H = qkv_TKXH.shape

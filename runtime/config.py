@@ -48,7 +48,7 @@ class EngineConfig:
         hf_overrides: laid over the model's config.json, field by field.
         quantization: "int8" rounds weights when they are loaded, and tokens where they meet them.
         tensor_parallel_size: devices that each layer is split over.
-        stacked: scan over stacked layers; None = on TPU and GPU.
+        stacked: scan over stacked layers; None = on TPU.
     """
 
     model: str
@@ -332,7 +332,7 @@ def settle(
         num_logprobs=max(1, max_logprobs),
         logprobs_mode=config.logprobs_mode,
         tensor_parallel_size=config.tensor_parallel_size,
-        stacked=config.stacked if config.stacked is not None else not on_cpu,
+        stacked=is_stacked(config, platform),
         quantization=config.quantization,
         weight_bytes=weight_bytes,
         page_bytes=page_bytes,
@@ -342,6 +342,11 @@ def settle(
         max_queued=config.max_queued,
         reasons=tuple(reasons),
     )
+
+
+def is_stacked(config: EngineConfig, platform: str) -> bool:
+    """Whether layers are stacked and scanned: only TPUs read a layer's weights out of the stack without a copy."""
+    return platform == "tpu" if config.stacked is None else config.stacked
 
 
 def itemsize(dtype: str) -> int:

@@ -31,7 +31,7 @@ from pallas_kernels.ragged_paged_attention import cache_shape
 from runtime import executables, mesh, step_state
 from runtime.batch import StepBuffer, StepLayout
 from runtime.buckets import Bucket, buckets_for
-from runtime.config import EngineConfig, EnginePlan, device_memory, itemsize, settle
+from runtime.config import EngineConfig, EnginePlan, device_memory, is_stacked, itemsize, settle
 from runtime.errors import ConfigError
 from runtime.quantise import to_int8
 from runtime.sampling import Tables, empty_row
@@ -90,11 +90,13 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
     """
     progress = progress or (lambda name, done, total: None)
     seconds: dict[str, float] = {}
+    # Of a GPU's memory JAX takes 75% unless it is told before it first sees the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     opened = functools.partial(open_checkpoint, overrides=config.hf_overrides, tokenizer=config.tokenizer)
     checkpoint = _timed(seconds, "open", opened, config.model)
     platform = jax.default_backend()
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, platform)
-    stacked = config.stacked if config.stacked is not None else platform != "cpu"
+    stacked = is_stacked(config, platform)
     is_int8 = config.quantization == "int8"
     layout = Layout.of(checkpoint, stacked, is_int8, config.tensor_parallel_size)
     graph, shapes = abstract(checkpoint.model_class, layout.config, jnp.dtype(dtype), stacked, is_int8=is_int8)

@@ -179,6 +179,7 @@ def _plain_step(rows: Rows, w: Window) -> Window:
         page_table_SM=rows.page_table_SM,
         counts_2=jnp.stack([rows.num_rows, rows.num_rows]),
         num_tokens=rows.num_rows,
+        max_q_len=1,
     )
     hidden_SD, caches = rows.model(inputs, w.caches)
     knobs = Knobs.unpack(rows.knobs_KS, num_known_S=w.known_S)
@@ -217,6 +218,7 @@ def _drafting_step(rows: Rows, w: Window) -> Window:
         page_table_SM=rows.page_table_SM,
         counts_2=jnp.stack([jnp.where((num_S > 0).any(), 0, rows.num_rows), rows.num_rows]),
         num_tokens=num_tokens,
+        max_q_len=1 + D,
     )
     hidden_TD, caches = rows.model(inputs, w.caches)
     own_T = Knobs.unpack(jnp.where(real_T, rows.knobs_KS[:, row_T], 0), num_known_S=positions_T + 1)

@@ -74,6 +74,7 @@ class Attention(nnx.Module):
             soft_cap=self.soft_cap,
             window=layer.window,
             page_offset=layer.page_offset,
+            max_q_len=step.inputs.max_q_len,
             ropes_ET2R=step.ropes,
             rope_index=layer.rope,
             **self._head_norms(),

@@ -1,7 +1,7 @@
 """A model's layers in a row: one after another, or stacked and scanned. No model file knows which.
 
 Stacked, each weight has a first axis of L and the layers share one cache array, so the program holds one layer and
-compiles in a fraction of the time: the form for TPU and GPU. On a CPU a scan would copy every layer's weights in
+compiles in a fraction of the time: the form for TPUs. On a CPU or a GPU a scan would copy every layer's weights in
 each step, so there the same blocks are called one by one.
 
 Dimension key

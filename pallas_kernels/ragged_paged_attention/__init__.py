@@ -46,6 +46,7 @@ def ragged_paged_attention(
     k_scale=None,
     v_scale=None,
     page_offset=0,
+    max_q_len=None,
     implementation=None,
 ):
     """Writes the step's keys and values into their pages, then attends each query to its own row's past.
@@ -65,6 +66,8 @@ def ragged_paged_attention(
         sinks_N: a logit a query head, added to the softmax's sum without a value. None for none.
         k_scale, v_scale: float or scalar: an int8 or fp8 cache holds key / k_scale. None for 1.
         page_offset: int or int32 scalar added to every page id, for layers that share one array.
+        max_q_len: int: no row has more queries than this; None when any may have all T. Known while tracing, it
+            spares some implementations the part of the program that reads long chunks.
         implementation: a name in IMPLEMENTATIONS, or None for the fastest here.
 
     Returns:
@@ -97,6 +100,7 @@ def ragged_paged_attention(
         k_scale=k_scale,
         v_scale=v_scale,
         page_offset=page_offset,
+        max_q_len=max_q_len,
     )
 
 

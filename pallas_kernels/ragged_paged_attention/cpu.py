@@ -33,6 +33,7 @@ def attend(
     k_scale=None,
     v_scale=None,
     page_offset=0,
+    max_q_len=None,
 ):
     from pallas_kernels.cpu import attention
 

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_gather
 from pallas_kernels.ragged_paged_attention.gpu_plan import TILE, cache_shape, kernel_refusal, num_splits, num_stages
-from pallas_kernels.ragged_paged_attention.reference import MASKED, locate, write
+from pallas_kernels.ragged_paged_attention.reference import MASKED, count_at_most, locate, write
 
 __all__ = ["attend", "cache_shape", "kernel_refusal", "supports"]
 
@@ -53,6 +53,7 @@ def attend(
     k_scale=None,
     v_scale=None,
     page_offset=0,
+    max_q_len=None,
     splits=None,
     interpret=False,
 ):
@@ -92,17 +93,22 @@ def attend(
         interpret=interpret,
     )
     reach = FAR if window is None else window
-    S, G = kv_lens_S.shape[0], N // k_TKH.shape[1]
-    splits = splits or num_splits(S, k_TKH.shape[1], page_table_SM.shape[1] * cache_PBCH.shape[1])
-    decode = run(_decode_tiles(min(S, T), kv_lens_S, cu_q_lens_S1, counts_2, reach), tokens=1, splits=splits)
-    tokens = TILE // G
-    tiles, first_tile_S = _chunk_tiles(T, tokens, kv_lens_S, cu_q_lens_S1, counts_2, reach)
-    chunk = run(tiles, tokens=tokens, splits=1)
-    # Answers lie tile by tile; each token picks its own.
+    S, G, K = kv_lens_S.shape[0], N // k_TKH.shape[1], k_TKH.shape[1]
+    rows = (kv_lens_S, cu_q_lens_S1, counts_2, reach)
+    splits = splits or num_splits(min(S, T) * K, page_table_SM.shape[1] * cache_PBCH.shape[1])
     token_T = jnp.arange(T, dtype=jnp.int32) - cu_q_lens_S1[row_T]
-    from_chunk = chunk[first_tile_S[row_T] + token_T // tokens, token_T % tokens]
-    from_decode = decode[jnp.minimum(row_T, decode.shape[0] - 1), 0]
-    out_TNH = jnp.where((row_T < counts_2[0])[:, None, None], from_decode, from_chunk)
+    if max_q_len is not None and max_q_len * G <= TILE:
+        tiles = _row_tiles(min(S, T), counts_2[1], *rows)
+        out_TNH = run(tiles, tokens=max_q_len, splits=splits)[jnp.minimum(row_T, len(tiles) - 1), token_T]
+    else:
+        decode = run(_row_tiles(min(S, T), counts_2[0], *rows), tokens=1, splits=splits)
+        tokens = TILE // G
+        tiles, first_tile_S = _chunk_tiles(T, tokens, *rows)
+        chunk = run(tiles, tokens=tokens, splits=1)
+        # Answers lie tile by tile; each token picks its own.
+        from_chunk = chunk[first_tile_S[row_T] + token_T // tokens, token_T % tokens]
+        from_decode = decode[jnp.minimum(row_T, decode.shape[0] - 1), 0]
+        out_TNH = jnp.where((row_T < counts_2[0])[:, None, None], from_decode, from_chunk)
     return jnp.where(live_T[:, None, None], out_TNH, 0)[..., :H].astype(q_TNH.dtype), cache_PBCH
 
 
@@ -111,11 +117,13 @@ def _device_kind() -> str:
     return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
 
 
-def _decode_tiles(num_tiles, kv_lens_S, cu_q_lens_S1, counts_2, window):
+def _row_tiles(num_tiles, num_rows, kv_lens_S, cu_q_lens_S1, counts_2, window):
     """One tile a row: (row, first token, its position, keys' end, first key it sees or less); dead rows end at 0."""
     row_I = jnp.arange(num_tiles, dtype=jnp.int32)
-    end_I = jnp.where(row_I < counts_2[0], kv_lens_S[:num_tiles], 0)
-    return jnp.stack([row_I, cu_q_lens_S1[:num_tiles], end_I - 1, end_I, end_I - window], axis=1).astype(jnp.int32)
+    end_I = jnp.where(row_I < num_rows, kv_lens_S[:num_tiles], 0)
+    position_I = end_I - jnp.diff(cu_q_lens_S1)[:num_tiles]
+    tiles_I5 = jnp.stack([row_I, cu_q_lens_S1[:num_tiles], position_I, end_I, position_I + 1 - window], axis=1)
+    return tiles_I5.astype(jnp.int32)
 
 
 def _chunk_tiles(T, tokens, kv_lens_S, cu_q_lens_S1, counts_2, window):
@@ -126,7 +134,7 @@ def _chunk_tiles(T, tokens, kv_lens_S, cu_q_lens_S1, counts_2, window):
     last_tile_S = jnp.cumsum(-(-q_len_S // tokens))
     first_tile_S = last_tile_S - -(-q_len_S // tokens)
     tile_I = jnp.arange(T // tokens + min(S, T), dtype=jnp.int32)
-    row_I = jnp.minimum(jnp.searchsorted(last_tile_S, tile_I, side="right"), S - 1)
+    row_I = jnp.minimum(count_at_most(last_tile_S, tile_I), S - 1)
     token_I = (tile_I - first_tile_S[row_I]) * tokens
     position_I = kv_lens_S[row_I] - q_len_S[row_I] + token_I
     end_I = jnp.where(tile_I < last_tile_S[-1], jnp.minimum(position_I + tokens, kv_lens_S[row_I]), 0)

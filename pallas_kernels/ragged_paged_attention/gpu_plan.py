@@ -40,10 +40,17 @@ def kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
     return None
 
 
-def num_splits(num_rows, num_kv_heads, max_tokens) -> int:
-    """Parts of a decode's keys that run side by side: enough to fill the GPU, none shorter than four blocks."""
-    wanted = -(-NUM_BLOCKS // (num_rows * num_kv_heads))
-    return max(1, min(wanted, max_tokens // (4 * TILE), 32))
+def num_splits(num_tiles, max_tokens) -> int:
+    """Parts of a tile's keys that run side by side: as many as fill the GPU in whole waves of thread blocks.
+
+    Args:
+        num_tiles: tiles times kv heads, each the work of one block of threads when it is not split.
+        max_tokens: keys that a tile may have.
+    """
+    most = max(1, min(32, max_tokens // (4 * TILE)))
+    # A wave lasts as long as a part does, and a part's own start and end as long as a 64th of the keys.
+    duration = lambda parts: -(-num_tiles * parts // NUM_BLOCKS) * (1 / parts + 1 / 64)
+    return min(range(1, most + 1), key=duration)
 
 
 def num_stages(head_dim) -> int:

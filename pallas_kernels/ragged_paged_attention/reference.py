@@ -30,6 +30,7 @@ def attend(
     k_scale=None,
     v_scale=None,
     page_offset=0,
+    max_q_len=None,
 ):
     T, N, H = q_TNH.shape
     K = k_TKH.shape[1]
@@ -60,10 +61,15 @@ def attend(
 def locate(T, kv_lens_S, cu_q_lens_S1, counts_2):
     """Each token's row, its position in that row, and whether it is real."""
     token_T = jnp.arange(T, dtype=jnp.int32)
-    row_T = jnp.searchsorted(cu_q_lens_S1[1:], token_T, side="right").astype(jnp.int32)
+    row_T = count_at_most(cu_q_lens_S1[1:], token_T)
     live_T = (token_T < cu_q_lens_S1[-1]) & (row_T < counts_2[1])
     row_T = jnp.minimum(row_T, kv_lens_S.shape[0] - 1)
     return row_T, kv_lens_S[row_T] - cu_q_lens_S1[row_T + 1] + token_T, live_T
+
+
+def count_at_most(ends_S, x_T):
+    """How many ends are at or below each x: int32[T]. searchsorted would be a loop of small programs on a GPU."""
+    return (ends_S[None, :] <= x_T[:, None]).sum(1, dtype=jnp.int32)
 
 
 def write(cache_PBCH, k_TKH, v_TKH, k_scale, v_scale, page_table_SM, row_T, position_T, live_T, page_offset):

@@ -56,6 +56,7 @@ def attend(
     k_scale=None,
     v_scale=None,
     page_offset=0,
+    max_q_len=None,
     decode_blocks: Blocks | None = None,
     chunk_blocks: Blocks | None = None,
     interpret=False,
