@@ -85,7 +85,8 @@ def attend(
         _run_tiles,
         q_TNH,
         cache_PBCH,
-        page_table_SM + page_offset,
+        # An array of its own: a slice of the step's packed vector may start where the kernel cannot take it.
+        jnp.maximum(page_table_SM, 0) + page_offset,
         sinks_N,
         K=k_TKH.shape[1],
         scale=scale,
@@ -143,6 +144,8 @@ def _chunk_tiles(T, tokens, kv_lens_S, cu_q_lens_S1, counts_2, window):
     return tiles_I5.astype(jnp.int32), first_tile_S.astype(jnp.int32)
 
 
+# Layers share one trace of this, and so one lowering of the kernel, which takes a second.
+@functools.partial(jax.jit, static_argnames=("K", "scale", "soft_cap", "tokens", "splits", "interpret"))
 def _run_tiles(q_TNH, cache_PBCH, pages_SM, sinks_N, tiles_I5, *, K, scale, soft_cap, tokens, splits, interpret):
     """Attends all tiles: `[I, tokens, N, H]`, H as in the cache."""
     T, N, H = q_TNH.shape

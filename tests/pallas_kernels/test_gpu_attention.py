@@ -125,9 +125,11 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("owner, name, fault", FAULTS.values(), ids=FAULTS)
-def test_planted_error_is_noticed(monkeypatch, owner, name, fault):
+def test_planted_error_is_noticed(monkeypatch, request, owner, name, fault):
     args = kernel_batch.batch(PLAIN, MIXED, gpu.cache_shape)
     monkeypatch.setattr(owner, name, fault)
+    gpu._run_tiles.clear_cache()
+    request.addfinalizer(gpu._run_tiles.clear_cache)
     try:
         got = jax.block_until_ready(
             jax.jit(functools.partial(gpu.attend, scale=0.2, splits=2, interpret=INTERPRET))(*args)
