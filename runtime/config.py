@@ -36,7 +36,8 @@ class EngineConfig:
         max_num_batched_tokens: tokens in one step.
         max_decode_chunk: prompt tokens that may join a step in which other requests decode; None for as many as keep
             the gap between their tokens short, going by how long steps take. See runtime.pacing.
-        max_decode_steps: steps that one dispatch may run while every request decodes and none waits.
+        max_decode_steps: steps that one dispatch may run while every request decodes and none waits; None for as many
+            as take 10 ms, where dispatches are worth saving.
         speculative_config: how tokens are drafted ahead, or {"num_speculative_tokens": 0} for not at all. See
             runtime.speculation.
         block_size: tokens in a page.
@@ -120,6 +121,7 @@ class EnginePlan:
     """The settled numbers of one engine. Bytes are bytes, lengths are tokens.
 
     Attributes:
+        paces_windows: whether a window has fewer than max_decode_steps steps where a step takes long.
         page_columns: columns of the page table, ceil(max_model_len / page_size).
         num_spread_pages: see runtime.pages.PagePool.
         max_logprobs: the most that a request may ask for.
@@ -136,6 +138,7 @@ class EnginePlan:
     max_num_batched_tokens: int
     max_decode_chunk: int | None
     max_decode_steps: int
+    paces_windows: bool = False
     speculation: Speculation = Speculation()
     page_size: int
     num_pages: int
@@ -269,7 +272,9 @@ def settle(
         "max_decode_steps",
         config.max_decode_steps,
         1 if on_cpu else 8,
-        "a dispatch costs little beside a step" if on_cpu else "one dispatch for several steps",
+        "a dispatch costs little beside a step"
+        if on_cpu
+        else "one dispatch for several steps, as long as they take 10 ms together",
     )
     page_columns = math.ceil(max_model_len / page_size)
     page_bytes = token_bytes * page_size
@@ -323,6 +328,7 @@ def settle(
         max_num_batched_tokens=budget,
         max_decode_chunk=config.max_decode_chunk,
         max_decode_steps=decode_steps,
+        paces_windows=config.max_decode_steps is None,
         speculation=speculation,
         page_size=page_size,
         num_pages=num_pages,

@@ -77,6 +77,7 @@ class Engine:
             max_model_len=plan.max_model_len,
             policy=plan.scheduling_policy,
             max_steps=plan.max_decode_steps,
+            paces_steps=plan.paces_windows,
             num_drafts=plan.speculation.num_drafts,
             max_drafting_rows=plan.speculation.max_rows,
             max_decode_chunk=plan.max_decode_chunk,
@@ -274,7 +275,7 @@ class Engine:
         """Waits for a step and hands its tokens out."""
         plan, sequences = flight.plan, flight.plan.sequences
         rows_OS = np.asarray(flight.out.rows_OS)[:, : len(sequences)]
-        self._time(flight)
+        self._time(flight, rows_OS)
         if flight.wants_prompt_logprobs:
             self._take_prompt_logprobs(flight)
         tokens = (rows_OS[TOKENS],) if plan.gains_one else (rows_OS[TOKENS:].T, rows_OS[COUNT])
@@ -293,11 +294,14 @@ class Engine:
         self.metrics.on_tokens(gains, time.monotonic())
         return gains
 
-    def _time(self, flight: Flight) -> None:
+    def _time(self, flight: Flight, rows_OS: np.ndarray) -> None:
         """The step has just ended: how long it took, from when the device could begin it."""
         now = time.monotonic()
+        seconds = now - max(flight.dispatched_at, self._read_at)
         if flight.plan.gains_one:
-            self.scheduler.pace.on_step(flight.plan.num_tokens, now - max(flight.dispatched_at, self._read_at))
+            self.scheduler.pace.on_step(flight.plan.num_tokens, seconds)
+        elif not flight.plan.num_drafts:
+            self.scheduler.pace.on_step(flight.plan.num_tokens, seconds / max(1, int(rows_OS[COUNT].max())))
         self._read_at = now
 
     def _special_rows(self, flight: Flight, rows_OS: np.ndarray) -> set[int]:

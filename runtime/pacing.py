@@ -1,4 +1,7 @@
-"""How many prompt tokens may join a step in which others decode: as many as keep the gap between their tokens short.
+"""How much one dispatch may hold, by how long it takes: prompt tokens beside decodes, and steps of a window.
+
+As many prompt tokens join a step as keep the gap between the others' tokens short; as many steps make a window as
+still reach a reader one by one.
 
 What a step costs is learned from the steps that ran, so that it fits the machine: a CPU without matrix units pays for
 every token, an accelerator has room for hundreds beside the decodes at no cost.
@@ -13,6 +16,7 @@ STRETCH = 1.5  # where decoding alone takes longer than that: how much longer a 
 SAMPLES = 5  # steps of a size whose median counts
 MIN_TOKENS = 48  # of such a step, decodes and all: fewer would read the weights again for a handful of tokens
 MIN_CHUNK = 8  # with many decodes: a prompt always gets on
+WINDOW_S = 0.01  # tokens of one window reach their reader together: no longer apart than a screen shows
 
 
 class Pace:
@@ -54,6 +58,11 @@ class Pace:
             else:
                 too_many = middle
         return fits
+
+    def window(self, num_decode: int, most: int) -> int:
+        """Steps that one dispatch of so many decodes may run, at most `most`: 1 until such a step was timed."""
+        seconds = self.seconds(num_decode)
+        return max(1, min(most, int(WINDOW_S / seconds))) if seconds else 1
 
     def _points(self):
         """(tokens, seconds) of each class measured, both growing."""

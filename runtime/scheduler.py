@@ -50,6 +50,7 @@ class Scheduler:
         max_model_len: tokens a sequence may reach.
         policy: "fcfs", or "priority" for lower priority numbers first.
         max_steps: steps that one dispatch may run when every row decodes and nobody waits.
+        paces_steps: whether it runs fewer where a step takes long.
         num_drafts: draft tokens a decode may verify in a step; pages are taken for them.
         max_drafting_rows: with more rows decoding nothing is drafted; None for no such limit.
         max_decode_chunk: prompt tokens that may join a step in which others decode; None to go by the pace.
@@ -72,6 +73,7 @@ class Scheduler:
         max_model_len: int,
         policy: str = "fcfs",
         max_steps: int = 1,
+        paces_steps: bool = False,
         num_drafts: int = 0,
         max_drafting_rows: int | None = None,
         max_decode_chunk: int | None = None,
@@ -86,7 +88,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.max_steps = max_steps
+        self.max_steps, self.paces_steps = max_steps, paces_steps
         self.num_drafts = num_drafts
         self.max_drafting_rows = max_drafting_rows
         self.max_decode_chunk = max_decode_chunk
@@ -310,7 +312,8 @@ class Scheduler:
         if drafts and (not self._num_waiting or not self._free_slots):
             draft.num_drafts = self.num_drafts
         if alone and not self._num_waiting and self.max_steps > 1:
-            draft.num_steps = min(self.max_steps, int(draft.remaining.max()))
+            most = self.pace.window(len(draft.slots), self.max_steps) if self.paces_steps else self.max_steps
+            draft.num_steps = min(most, int(draft.remaining.max()))
 
     def _grow(self, draft: StepDraft) -> None:
         """Takes the pages that the draft's decodes write to, preempting the newest sequences if it must."""

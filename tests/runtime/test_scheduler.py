@@ -202,6 +202,17 @@ def test_many_steps_in_one_dispatch_when_all_decode_and_nobody_waits():
     assert step(scheduler).num_steps == 8
 
 
+def test_windows_may_go_by_how_long_a_step_takes():
+    scheduler = a_scheduler(max_steps=8, paces_steps=True)
+    add(scheduler, "a", 3, 30)
+    step(scheduler)
+    assert step(scheduler).num_steps == 1, "not timed yet"
+    for seconds, steps in [(0.004, 2), (0.0001, 8), (0.02, 1)]:
+        for _ in range(5):
+            scheduler.pace.on_step(1, seconds)
+        assert step(scheduler).num_steps == steps
+
+
 def test_no_window_past_the_longest_row():
     scheduler = a_scheduler(max_steps=8)
     add(scheduler, "a", 3, 4)
