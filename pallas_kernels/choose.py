@@ -53,7 +53,7 @@ def choose(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, bits_S, *, imple
     """
     if logits_SV.shape[1] > MAX_VOCABULARY:
         raise ValueError(f"a vocabulary of {logits_SV.shape[1]} is too wide to sample from; at most {MAX_VOCABULARY}")
-    name = implementation or ("cpu" if current_platform() == "cpu" and cpu.is_available() else "reference")
+    name = implementation or _fastest()
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {name!r}; choose one of {sorted(IMPLEMENTATIONS)}")
     # abs, for -log(1) is minus zero, whose bits are not those of zero
@@ -61,8 +61,15 @@ def choose(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, bits_S, *, imple
     return IMPLEMENTATIONS[name](logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S)
 
 
-def reference(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S):
-    """Plain jnp, all rows at once; what no row asks for is skipped. cutoff_S is min_p's."""
+def _fastest() -> str:
+    platform = current_platform()
+    if platform == "cpu":
+        return "cpu" if cpu.is_available() else "reference"
+    return "reference" if platform == "tpu" else "wide"
+
+
+def reference(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, *, search=None):
+    """Plain jnp, all rows at once; what no row asks for is skipped. cutoff_S is min_p's, `search` finds the others."""
     best_S, likeliest_S = best(logits_SV)
     random_S = temperature_S > 0
 
@@ -71,11 +78,16 @@ def reference(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S):
         scale_S = scales(distance_SV)
         weight_SV = weights(distance_SV, scale_S[:, None])
         k_S, p_S = jnp.where(random_S, top_k_S, 0), jnp.where(random_S, top_p_S, 0.0)
-        kept_S = cutoffs(distance_SV, weight_SV, scale_S, k_S, p_S, cutoff_S)
+        kept_S = cutoffs(distance_SV, weight_SV, scale_S, k_S, p_S, cutoff_S, search or _smallest)
         return jnp.where(random_S, draw(distance_SV, weight_SV, kept_S, bits_S), likeliest_S), kept_S
 
     token_S, kept_S = lax.cond(random_S.any(), at_random, lambda: (likeliest_S, cutoff_S))
     return token_S, best_S, jnp.where(random_S, kept_S, EVERYTHING)
+
+
+def wide(*arguments):
+    """The same with fewer and wider passes over the vocabulary, and loops whose length no host has to ask for."""
+    return reference(*arguments, search=_smallest_of_many)
 
 
 def cpu_kernel(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S):
@@ -135,7 +147,7 @@ def weights(distance, scale) -> jax.Array:
     return jnp.round(jnp.exp(-distance) * scale).astype(jnp.int32)
 
 
-def cutoffs(distance_SV, weight_SV, scale_S, top_k_S, top_p_S, cutoff_S) -> jax.Array:
+def cutoffs(distance_SV, weight_SV, scale_S, top_k_S, top_p_S, cutoff_S, search) -> jax.Array:
     """The largest distance that top_k and top_p leave of what cutoff_S keeps: float32[S]."""
     wants_k_S = top_k_S > 0
     wants_p_S = (top_p_S > 0) & (top_p_S < 1)
@@ -153,12 +165,12 @@ def cutoffs(distance_SV, weight_SV, scale_S, top_k_S, top_p_S, cutoff_S) -> jax.
     def by_top_k(cutoff_S):
         all_S = count(cutoff_S)
         active_S = wants_k_S & (all_S > top_k_S)
-        return _smallest(count, top_k_S, cutoff_S, all_S, active_S, lambda _: 1)
+        return search(count, top_k_S, cutoff_S, all_S, active_S, lambda _: 1)
 
     def by_top_p(cutoff_S):
         all_S = mass(cutoff_S)
         share_S = jnp.ceil(all_S.astype(jnp.float32) * top_p_S).astype(jnp.int32)
-        return _smallest(mass, jnp.clip(share_S, 1, all_S), cutoff_S, all_S, wants_p_S, lightest)
+        return search(mass, jnp.clip(share_S, 1, all_S), cutoff_S, all_S, wants_p_S, lightest)
 
     cutoff_S = lax.cond(wants_k_S.any(), by_top_k, lambda same_S: same_S, cutoff_S)
     return lax.cond(wants_p_S.any(), by_top_p, lambda same_S: same_S, cutoff_S)
@@ -176,24 +188,18 @@ def _smallest(measure, target_S, cutoff_S, measure_S, active_S, lightest) -> jax
         lightest: cutoff_S -> int32[S], at most what one token within it counts or weighs.
     """
 
-    def bits(x):
-        return lax.bitcast_convert_type(x, jnp.int32)
-
-    def value(x):
-        return lax.bitcast_convert_type(x, jnp.float32)
-
     def is_open(low_S, high_S, below_S, within_S):
-        several_S = within_S - below_S >= 2 * lightest(value(high_S))
+        several_S = within_S - below_S >= 2 * lightest(_value(high_S))
         return active_S & (high_S - low_S > 1) & several_S & (within_S > target_S)
 
     def body(state):
         i, open_S, low_S, high_S, below_S, within_S = state
         # Halving the distance converges faster than halving its bits, except over many powers of two.
-        near_S = bits(0.5 * (value(jnp.maximum(low_S, 0)) + value(high_S)))
+        near_S = _bits(0.5 * (_value(jnp.maximum(low_S, 0)) + _value(high_S)))
         halves_S = low_S + (high_S - low_S) // 2
-        middle_S = jnp.where((i < 20) & (high_S < bits(jnp.float32(64.0))), near_S, halves_S)
+        middle_S = jnp.where((i < 20) & (high_S < _bits(jnp.float32(64.0))), near_S, halves_S)
         middle_S = jnp.clip(middle_S, low_S + 1, high_S - 1)
-        measure_S = measure(value(middle_S))
+        measure_S = measure(_value(middle_S))
         reached_S = measure_S >= target_S
         up_S, down_S = open_S & reached_S, open_S & ~reached_S
         high_S, within_S = jnp.where(up_S, middle_S, high_S), jnp.where(up_S, measure_S, within_S)
@@ -201,9 +207,37 @@ def _smallest(measure, target_S, cutoff_S, measure_S, active_S, lightest) -> jax
         return i + 1, is_open(low_S, high_S, below_S, within_S), low_S, high_S, below_S, within_S
 
     low_S, below_S = jnp.full_like(target_S, -1), jnp.zeros_like(target_S)
-    high_S = bits(cutoff_S)
+    high_S = _bits(cutoff_S)
     start = (jnp.int32(0), is_open(low_S, high_S, below_S, measure_S), low_S, high_S, below_S, measure_S)
-    return value(lax.while_loop(lambda state: state[1].any(), body, start)[3])
+    return _value(lax.while_loop(lambda state: state[1].any(), body, start)[3])
+
+
+def _smallest_of_many(measure, target_S, cutoff_S, measure_S, active_S, lightest) -> jax.Array:
+    """The same by eight passes, each of which tries fifteen cutoffs of the interval at once.
+
+    A loop of unknown length costs a GPU a round trip to the host in each turn, more than a pass over the vocabulary.
+    """
+
+    def body(_, interval):
+        low_S, high_S = interval
+        width_S = high_S - low_S
+        bounds = [low_S + (width_S >> 4) * i + ((width_S & 15) * i >> 4) for i in range(1, 16)]
+        bounds_NS = jnp.stack([low_S, *bounds, high_S])
+        num_S = sum((measure(_value(bound_S)) < target_S).astype(jnp.int32) for bound_S in bounds)
+        column = lambda n_S: jnp.take_along_axis(bounds_NS, n_S[None], axis=0)[0]
+        return column(num_S), column(num_S + 1)
+
+    start = (jnp.full_like(target_S, -1), _bits(cutoff_S))
+    _, high_S = lax.fori_loop(0, 8, body, start)  # 2 ** 31 values, sixteen times fewer in each
+    return jnp.where(active_S, _value(high_S), cutoff_S)
+
+
+def _bits(x):
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _value(x):
+    return lax.bitcast_convert_type(x, jnp.float32)
 
 
 def draw(distance_SV, weight_SV, cutoff_S, bits_S) -> jax.Array:
@@ -243,4 +277,4 @@ def multiply_high(a, b) -> jax.Array:
     return a1 * b1 + (middle >> 16) + ((a0 * b1 + (middle & 0xFFFF)) >> 16)
 
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": cpu_kernel}
+IMPLEMENTATIONS = {"reference": reference, "wide": wide, "cpu": cpu_kernel}
