@@ -56,6 +56,7 @@ def family_of(fields: Fields) -> Family:
     if "quantization_config" in fields:
         method = fields.inner("quantization_config").values.get("quant_method", "unnamed")
         raise ConversionError(
-            f"{fields.where}: weights quantised by {method!r} cannot be read; use the unquantised checkpoint or a GGUF"
+            f"{fields.where}: weights quantised by {method!r} cannot be read; use the "
+            "unquantised checkpoint, with --quantization int8 where it must be small, or a GGUF"
         )
     return family

@@ -46,40 +46,40 @@ GEMMA3_27B_LAYERS = 62  # the one size whose queries are scaled by hidden_size /
 
 
 @dataclasses.dataclass(frozen=True)
+class Undo:
+    """apply(rows) undoes a change, given whole groups of so many rows of a tensor."""
+
+    apply: Callable[[np.ndarray], np.ndarray]
+    num_rows: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """One row.
 
     Attributes:
         hf: the name in config.json's architectures.
         names: GGUF tensor -> Hugging Face tensor, both without ".weight" or ".bias".
-        undo: (Hugging Face config) -> {part of a Hugging Face name: undoes what the file's maker changed}.
+        undo: (Hugging Face config) -> {part of a Hugging Face name: what undoes the changes of the file's maker}.
         extra: fields of config.json that only this family has.
     """
 
     hf: str
     names: dict[str, str]
-    undo: Callable[[dict], dict[str, Callable]] = lambda hf: {}
+    undo: Callable[[dict], dict[str, Undo]] = lambda hf: {}
     extra: Callable[[Fields, dict], dict] = lambda keys, hf: {}
 
 
 def _unpermute(hf):
     """Rotated pairs lie side by side in the file; ours are half a head apart."""
-
-    def heads(count):
-        def undo(w):
-            return w.reshape(count, -1, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-        return undo
-
-    return {
-        "self_attn.q_proj.": heads(hf["num_attention_heads"]),
-        "self_attn.k_proj.": heads(hf["num_key_value_heads"]),
-    }
+    size = hf["head_dim"]
+    heads = Undo(lambda w: w.reshape(-1, size // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape), size)
+    return {"self_attn.q_proj.": heads, "self_attn.k_proj.": heads}
 
 
 def _minus_one(hf):
     """The file holds 1 + scale, the checkpoint the scale."""
-    return {"norm.weight": lambda w: w - np.float32(1)}
+    return {"norm.weight": Undo(lambda w: w - np.float32(1))}
 
 
 def _qwen3_fields(keys, hf):
@@ -126,12 +126,16 @@ class GgufTensors:
         self._names = {_hf_name(name, architecture, file): name for name in file.tensors if name != ROPE_FACTORS}
         self.tensors: dict[str, TensorInfo] = {ours: file.tensors[name] for ours, name in self._names.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        array = self.file.read(self._names[name])
-        for part, undo in self._undo.items():
-            if part in name:
-                array = undo(array)
-        return array
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        undo = next((undo for part, undo in self._undo.items() if part in name), None)
+        if undo is None:
+            return self.file.read(self._names[name], rows)
+        if rows is None:
+            return undo.apply(self.file.read(self._names[name]))
+        size = undo.num_rows
+        first, last = rows.start // size * size, -(-rows.stop // size) * size
+        found = undo.apply(self.file.read(self._names[name], slice(first, last)))
+        return found[rows.start - first : rows.stop - first]
 
 
 def open_gguf(path: Path) -> Checkpoint:

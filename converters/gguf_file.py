@@ -44,8 +44,15 @@ class GgufFile:
                 raise
             raise ConversionError(f"{path}: cannot be read ({error}); download it again") from error
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         info, kind, (start, nbytes) = self.tensors[name], self.types[name], self._stretches[name]
+        shape = info.shape
+        if rows is not None and len(shape) == 1 and kind not in PLAIN:  # its blocks are not rows
+            return self.read(name)[rows]
+        if rows is not None:
+            row = nbytes // shape[0]
+            start, nbytes = start + rows.start * row, (rows.stop - rows.start) * row
+            shape = (rows.stop - rows.start, *shape[1:])
         raw = np.empty(nbytes, np.uint8)
         try:
             with open(self.path, "rb") as file:
@@ -56,9 +63,9 @@ class GgufFile:
         if got != nbytes:
             raise ConversionError(f"{self.path}: tensor {name!r} ends after {got:,} of {nbytes:,} bytes")
         if kind in PLAIN:
-            return raw.view(info.dtype).reshape(info.shape)
-        rows = raw.reshape(*info.shape[:-1], -1)
-        return gguf.dequantize(rows, gguf.GGMLQuantizationType[kind]).reshape(info.shape)
+            return raw.view(info.dtype).reshape(shape)
+        blocks = raw.reshape(*shape[:-1], -1)
+        return gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind]).reshape(shape)
 
     def _parse(self, cursor, size):
         if cursor.take(4) != b"GGUF":

@@ -1,6 +1,6 @@
-"""A checkpoint's tensors -> the model's weights on the device."""
+"""A checkpoint's tensors -> the model's weights on the devices that hold them."""
 
-import os
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,50 +8,81 @@ import jax
 import numpy as np
 
 from converters.checkpoint import Checkpoint
-from converters.rules import ConversionError, convert
+from converters.parts import fill
+from converters.place import Made, place
+from converters.rules import ConversionError, Piece, match_tensors
 
-MAX_THREADS = 8
+Rounding = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def load_weights(
     checkpoint: Checkpoint,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     *,
-    stacked: bool | None = None,
-    dtype: Any = None,
-    put: Callable[..., jax.Array] = jax.device_put,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    wheres: Mapping[str, Any] | None = None,
+    rounding: Rounding | None = None,
     progress: Callable[[int, int], None] | None = None,
+    by_slabs: bool | None = None,
 ) -> dict[str, jax.Array]:
-    """Reads, converts and places every weight, a few at a time, so that the host holds few beside those placed.
+    """Reads, converts and places every weight: of each tensor only what this process's devices hold of it.
+
+    Beside the weights themselves the host holds a few tens of megabytes a thread, of at most eight.
 
     Args:
         shapes: from models.interface.abstract, which settles names, stacking and dtypes.
-        stacked: not needed; the names in `shapes` say it.
-        dtype: overrides the dtype in `shapes`.
-        put: places one array; called as put(array), or put(array, sharding) when shardings are given.
-        shardings: {name: where it goes}.
+        wheres: {name: sharding or format}; the first device when None.
+        rounding: float32 rows -> (rounded rows, their scales), for weights "x" beside which is an "x_scale".
         progress: called as progress(bytes done, bytes in all).
+        by_slabs: see converters.place.
 
     Raises:
         ConversionError: the checkpoint does not fit the model, or a file cannot be read.
     """
-    if dtype is not None:
-        shapes = {path: jax.ShapeDtypeStruct(shape.shape, dtype) for path, shape in shapes.items()}
-    num_threads = min(os.cpu_count() or 1, MAX_THREADS)
-    total, done = sum(_nbytes(shape) for shape in shapes.values()), 0
-    weights = {}
+    if wheres is None:
+        wheres = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    scales = _scales(shapes) if rounding else {}
+    pieces = check_fits(checkpoint, shapes)
+
+    def made(name):
+        def whole(box, arrays):
+            fill(arrays[name], checkpoint.source, pieces[name], box)
+
+        def rounded(box, arrays):
+            assert rounding is not None
+            sizes = [side.stop - side.start for side in box]
+            rows = np.empty((*sizes, shapes[name].shape[-1]), np.float32)
+            fill(rows, checkpoint.source, pieces[name], (*box, slice(0, rows.shape[-1])))
+            arrays[name][...], arrays[scales[name]][...] = rounding(rows)
+
+        if name not in scales:
+            return Made((name,), len(shapes[name].shape), whole)
+        *common, width = shapes[name].shape
+        return Made((name, scales[name]), len(common), rounded, step_bytes=16 * width)  # and what rounding makes
+
+    with _named(checkpoint):
+        return place([made(name) for name in pieces], shapes, wheres, progress=progress, by_slabs=by_slabs)
+
+
+def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, list[Piece]]:
+    """{weight: its tensors}, by names and shapes alone: no weight is read.
+
+    Raises:
+        ConversionError: the checkpoint does not fit the model.
+    """
+    stored = {name: shape for name, shape in shapes.items() if name not in _scales(shapes).values()}
+    with _named(checkpoint):
+        return match_tensors(checkpoint.source.tensors, checkpoint.rules, stored)
+
+
+def _scales(shapes):
+    return {name: f"{name}_scale" for name in shapes if f"{name}_scale" in shapes}
+
+
+@contextlib.contextmanager
+def _named(checkpoint):
+    """Errors name the checkpoint."""
     try:
-        for path, array in convert(checkpoint.source, checkpoint.rules, shapes, num_threads=num_threads):
-            weights[path] = put(array, shardings[path]) if shardings else put(array)
-            done += array.nbytes
-            if progress:
-                progress(done, total)
+        yield
     except ConversionError as error:
         where = str(checkpoint.path)
         raise (error if where in str(error) else ConversionError(f"{where}: {error}")) from error.__cause__
-    return weights
-
-
-def _nbytes(shape):
-    return int(np.prod(shape.shape, dtype=np.int64)) * np.dtype(shape.dtype).itemsize

@@ -10,12 +10,10 @@ All names and shapes are checked before a byte of data is read.
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,8 +37,8 @@ class TensorSource(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in memory of its own."""
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """The tensor, or these rows of its first axis, `rows.start` to `rows.stop`, in memory of its own."""
         ...
 
 
@@ -90,11 +88,13 @@ def match_tensors(
     for name, info in tensors.items():
         matches = [(rule, match) for rule in rules if (match := rule.pattern.fullmatch(name))]
         if not matches:
+            _check_floats(name, info)
             raise ConversionError(
                 f"no rule for tensor {name!r} {info.shape}; compare config.json, or add a rule (target None drops it)"
             )
         for rule, match in matches:
             if rule.target is not None:
+                _check_floats(name, info)
                 path, index = _place(name, rule, match, shapes)
                 _check_shape(name, info, rule, path, index, shapes[path].shape)
                 pieces[path].append(Piece(name, rule.change, index))
@@ -103,50 +103,6 @@ def match_tensors(
     for path, parts in pieces.items():
         _check_filled(path, parts, shapes[path].shape)
     return {path: pieces[path] for path in shapes}
-
-
-def convert(
-    source: TensorSource, rules: list[Rule], shapes: Mapping[str, Any], *, num_threads: int = 1
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields each parameter in its dtype, in the order of `shapes`.
-
-    Args:
-        shapes: {parameter path: jax.ShapeDtypeStruct}.
-        num_threads: how many parameters are read and converted at once; the host holds these and no more.
-
-    Raises:
-        ConversionError: as match_tensors, before anything is read; or a file that cannot be read after all.
-    """
-    waiting = iter(match_tensors(source.tensors, rules, shapes).items())
-    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-        begin = lambda path, parts: (path, pool.submit(_assemble, source, parts, shapes[path]))
-        running = collections.deque(begin(*item) for item in itertools.islice(waiting, num_threads))
-        while running:
-            path, future = running.popleft()
-            array = future.result()
-            running.extend(begin(*item) for item in itertools.islice(waiting, 1))
-            yield path, array
-
-
-def _assemble(source, parts, shape):
-    dtype = np.dtype(shape.dtype)
-    if len(parts) == 1 and parts[0].index == ():
-        value = np.ascontiguousarray(_cast(parts[0].change(source.read(parts[0].name)), dtype, parts[0].name))
-        return value.reshape(shape.shape)
-    value = np.empty(shape.shape, dtype)
-    for piece in parts:
-        value[piece.index] = _cast(piece.change(source.read(piece.name)), dtype, piece.name)
-    return value
-
-
-def _cast(value, dtype, name):
-    if dtype != np.float16 or value.dtype == np.float16:
-        return value.astype(dtype, copy=False)
-    with np.errstate(over="ignore"):
-        cast = value.astype(dtype)
-    if np.isinf(cast).any() and not np.isinf(value).any():
-        raise ConversionError(f"tensor {name!r} has values beyond float16; use dtype bfloat16 or float32")
-    return cast
 
 
 def _place(name, rule, match, shapes):
@@ -161,6 +117,14 @@ def _place(name, rule, match, shapes):
     if "e" in numbers:
         index.append(int(numbers["e"]))
     return path, (*index, *(rule.part if isinstance(rule.part, tuple) else (rule.part,)))
+
+
+def _check_floats(name, info):
+    if info.dtype.kind in "iub":
+        raise ConversionError(
+            f"tensor {name!r} holds {info.dtype.name}: these weights are quantised in a way that is not read; use the "
+            "unquantised checkpoint with --quantization int8, or a GGUF"
+        )
 
 
 def _check_shape(name, info, rule, path, index, shape):

@@ -59,12 +59,14 @@ class Shards:
         if not self.tensors:
             raise ConversionError(f"{folder}: the safetensors files hold no tensors; download them again")
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         info, stretch = self.tensors[name], self._stretches[name]
-        array = np.empty(info.shape, info.dtype)
+        shape = info.shape if rows is None else (rows.stop - rows.start, *info.shape[1:])
+        array = np.empty(shape, info.dtype)
+        before = 0 if rows is None else rows.start * math.prod(info.shape[1:]) * info.dtype.itemsize
         try:
             with open(stretch.path, "rb") as file:
-                file.seek(stretch.start)
+                file.seek(stretch.start + before)
                 got = file.readinto(array.reshape(-1).view(np.uint8)) if array.size else 0
         except OSError as error:
             raise ConversionError(f"{stretch.path}: cannot read tensor {name!r}: {error.strerror}") from error
@@ -137,7 +139,12 @@ def read_header(path: Path) -> dict[str, tuple[TensorInfo, Stretch]]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise ConversionError(
+                    f"{path}: is a pointer of git-lfs, not the weights; run git lfs pull in that folder"
+                )
+            length = int.from_bytes(start, "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise ConversionError(f"{path}: a header of {length:,} bytes in a file of {size:,}; download it again")
             header = json.loads(file.read(length), object_pairs_hook=_unique)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
@@ -19,7 +20,8 @@ def stage_of(name: str) -> str:
 class Starting:
     """Progress of start-up on one stream: a bar on a terminal, one line a stage elsewhere.
 
-    An instance is the `progress` that loading takes: called with (name, done, total).
+    An instance is the `progress` that loading takes: called with (name, done, total), from any thread. Of stages that
+    run beside each other the one that began first has the bar, and the others are shown when they end.
     """
 
     def __init__(self, stream: TextIO = sys.stderr, show: bool = True):
@@ -27,22 +29,29 @@ class Starting:
         self.show = show
         self.is_terminal = stream.isatty()
         self.start = time.monotonic()
-        self.stage = ""
+        self.said: set[str] = set()
+        self.drawn = ""  # the stage whose bar is on the last line, which has not ended
         self.drawn_at = 0.0
+        self._lock = threading.Lock()
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        if not self.show:
+        if self.show:
+            with self._lock:
+                self._on(stage_of(name), name, done, total)
+
+    def _on(self, stage: str, name: str, done: int, total: int) -> None:
+        if not self.is_terminal:
+            if stage not in self.said:
+                self.said.add(stage)
+                self._line(stage)
             return
-        stage = stage_of(name)
-        if self.is_terminal:
-            now = time.monotonic()
-            if now - self.drawn_at > 0.05 or done >= total:
-                self.drawn_at = now
-                detail = "" if stage == name else f"  {name}"
-                self._draw(f"{stage:24.24} {_bar(done, total)} {done:,}/{total:,}{detail}", done >= total)
-        elif stage != self.stage:
-            self._line(stage)
-        self.stage = stage
+        ends, now = done >= total, time.monotonic()
+        if ends or (self.drawn in ("", stage) and now - self.drawn_at > 0.05):
+            self.drawn_at = now
+            if self.drawn in ("", stage):
+                self.drawn = "" if ends else stage
+            detail = "" if stage == name else f"  {name}"
+            self._draw(f"{stage:24.24} {_bar(done, total)} {done:,}/{total:,}{detail}", ends)
 
     def says(self, text: str) -> None:
         """One line, whatever the stream is."""

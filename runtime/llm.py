@@ -214,22 +214,21 @@ class LLM:
 
 
 class _Bar:
-    """Progress of loading, one bar a phase."""
+    """Progress of loading, one bar a phase; phases may run beside each other."""
 
     def __enter__(self):
-        self._bar, self._phase = None, None
+        self._bars: dict[str, tqdm] = {}
         return self
 
     def __call__(self, name: str, done: int, total: int) -> None:
         phase = stage_of(name)
-        if phase != self._phase:
-            self._close()
-            self._phase, self._bar = phase, tqdm(total=total, desc=phase)
-        self._bar.update(done - self._bar.n)
+        if phase not in self._bars:
+            self._bars[phase] = tqdm(total=total, desc=phase)
+        bar = self._bars[phase]
+        bar.update(done - bar.n)
+        if done >= total:
+            self._bars.pop(phase).close()
 
     def __exit__(self, *_):
-        self._close()
-
-    def _close(self):
-        if self._bar is not None:
-            self._bar.close()
+        for bar in self._bars.values():
+            bar.close()

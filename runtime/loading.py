@@ -4,16 +4,15 @@ Warm starts skip conversion and compilation: converted weights are kept with orb
 by runtime.executables, both under the cache folder and both named by what they were made from.
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import gc
-import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,16 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.checkpoint import Checkpoint, open_checkpoint
-from converters.load import load_weights
+from converters.load import check_fits
 from models.interface import abstract, bind, logical_axes
 from pallas_kernels import cpu
 from pallas_kernels.ragged_paged_attention import cache_shape
-from runtime import executables, mesh, step_state
+from runtime import executables, mesh, step_state, weights
 from runtime.batch import StepBuffer, StepLayout
 from runtime.buckets import Bucket, buckets_for
 from runtime.config import EngineConfig, EnginePlan, device_memory, is_stacked, itemsize, settle
 from runtime.errors import ConfigError
-from runtime.quantise import to_int8
 from runtime.sampling import Tables, empty_row
 from runtime.step import make_step
 from runtime.step_state import StepState
@@ -55,7 +53,7 @@ class Loaded:
         default_sampling: what generation_config says of fields that a request leaves out, and max_new_tokens.
         usual_tables: one slot's sampling tables where a request asks for nothing unusual.
         new_state: makes state with nothing in it, for a device whose memory was lost in a failed step.
-        seconds: {phase: seconds}.
+        seconds: {phase: seconds}; of the weights, what they took longer than the steps that were made beside them.
     """
 
     plan: EnginePlan
@@ -113,26 +111,31 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
         * itemsize(kv_dtype),
         dtype=dtype,
     )
+    check_fits(checkpoint, weights.stored_shapes(checkpoint, layout.config, plan, shapes))
     cache_dir = cache_folder(config)
-    weights = _timed(seconds, "weights", _weights, checkpoint, layout, shapes, plan, cache_dir, progress)
     caches = _cache_shapes(specs, plan)
     tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_config)
     eos_id, eos_ids = end_tokens(checkpoint, tokenizer)
     usual = empty_row(plan.vocab_size, sorted(eos_ids))
-    programs = _programs(graph, weights, plan, caches, usual, layout)
+    programs = _programs(graph, shapes, plan, caches, usual, layout)
     identity = f"{checkpoint.model_class.__qualname__} {layout.config} {dataclasses.replace(plan, reasons=(), seed=0)}"
-    if platform == "cpu" and cpu.is_available():
-        progress("kernels", 0, 1)
-        _timed(seconds, "kernels", cpu.register)  # programs from disk refer to them by name
-        progress("kernels", 1, 1)
-    built = executables.build(programs, identity, cache_dir and cache_dir / "steps", progress, layout.devices)
-    seconds["compile" if built.num_loaded < len(programs) else "restore steps"] = built.seconds
+    place = functools.partial(weights.on_devices, checkpoint, layout.config, layout.tensor, shapes)
+    # Reading and hashing hold no lock of Python's, so the steps are made meanwhile.
+    with concurrent.futures.ThreadPoolExecutor(1, "weights") as beside:
+        placing = beside.submit(place, layout.shardings(shapes), plan, cache_dir, progress)
+        if platform == "cpu" and cpu.is_available():
+            progress("kernels", 0, 1)
+            _timed(seconds, "kernels", cpu.register)  # programs from disk refer to them by name
+            progress("kernels", 1, 1)
+        built = executables.build(programs, identity, cache_dir and cache_dir / "steps", progress, layout.devices)
+        seconds["compile" if built.num_loaded < len(programs) else "restore steps"] = built.seconds
+        placed = _timed(seconds, "weights", placing.result)
     state = _timed(seconds, "allocate", built.table["new_state"])
     loaded = Loaded(
         plan=plan,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        weights=weights,
+        weights=placed,
         steps={key: program for key, program in built.table.items() if isinstance(key, Bucket)},
         load_history=built.table["load_history"],
         load_tables=built.table["load_tables"],
@@ -265,73 +268,6 @@ def _timed(seconds, phase, function, *args):
     return result
 
 
-def _weights(checkpoint, layout, shapes, plan, cache_dir, progress):
-    """Converted weights: from the cache where it holds these very ones, else converted and kept."""
-    identity = [checkpoint.fingerprint(), plan.dtype, str(plan.quantization), str(plan.stacked)]
-    identity += [str(layout.config), _converter_digest()]
-    name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:32]
-    folder = cache_dir and cache_dir / "weights" / name
-    if folder and (folder / "complete").exists():
-        try:
-            progress("weights", 0, 1)
-            weights = _restore(folder / "arrays", shapes, layout.shardings(shapes))
-            progress("weights", 1, 1)
-            return weights
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("converted weights %s cannot be read (%s); converting again", name, type(error).__name__)
-    convert_progress = lambda done, total: progress("weights", done, total)
-    stored = shapes
-    is_repeated = layout.config != checkpoint.config
-    if plan.quantization or is_repeated:
-        _, stored = abstract(checkpoint.model_class, checkpoint.config, jnp.dtype(plan.dtype), plan.stacked)
-    shardings = {name: layout.whole for name in stored} if is_repeated else layout.shardings(stored)
-    weights = load_weights(checkpoint, stored, shardings=shardings, progress=convert_progress)
-    if is_repeated:
-        _, wanted = abstract(checkpoint.model_class, layout.config, jnp.dtype(plan.dtype), plan.stacked)
-        weights = jax.device_put(mesh.repeat_kv_heads(weights, wanted), layout.shardings(wanted))
-    if plan.quantization:
-        weights = jax.device_put(to_int8(weights, shapes), layout.shardings(shapes))
-    if folder:
-        _keep(folder, weights)
-    return weights
-
-
-@functools.cache
-def _converter_digest() -> str:
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted([*(root / "converters").rglob("*.py"), *(root / "models").rglob("*.py")]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _restore(folder, shapes, shardings):
-    import orbax.checkpoint as ocp  # half a second, which only a warm start pays
-
-    targets = {
-        path.replace(".", "/"): jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=shardings[path])
-        for path, s in shapes.items()
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore(folder, targets)
-    return {path: arrays[path.replace(".", "/")] for path in shapes}
-
-
-def _keep(folder, weights):
-    """Keeps converted weights for the next start; a full disk costs a warning only."""
-    import orbax.checkpoint as ocp
-
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, mode=0o700)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / "arrays", {path.replace(".", "/"): array for path, array in weights.items()})
-            checkpointer.wait_until_finished()
-        (folder / "complete").touch()
-    except (OSError, ValueError) as error:
-        log.warning("converted weights are not kept: %s", error)
-
-
 def _cache_shapes(specs, plan):
     """One array a layer, or one of all layers' pages when layers are stacked."""
     shapes = [_pages(s, plan.num_pages, plan.page_size, plan.tensor_parallel_size, plan.platform) for s in specs]
@@ -348,11 +284,11 @@ def _pages(spec, num_pages, page_size, num_devices, platform):
     return pages, tokens, num_devices * vectors, width
 
 
-def _programs(graph, weights, plan, caches, usual, layout):
+def _programs(graph, shapes, plan, caches, usual, layout):
     """{key: Program} of all that will ever run."""
     as_shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
     state = jax.eval_shape(functools.partial(step_state.empty_state, plan, usual), caches)
-    tensor, weight_shapes, of_state = layout.tensor, as_shape(weights), None
+    tensor, weight_shapes, of_state = layout.tensor, shapes, None
     if tensor:
         specs = jax.tree.broadcast(tensor.state_specs(len(caches)), state)
         of_state = tensor.shardings(specs)

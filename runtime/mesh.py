@@ -10,20 +10,22 @@ own queries.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from converters.place import sharding_of
 from models.parallel import Split, split_over
 from runtime.errors import ConfigError
 from runtime.step_state import StepState
 
 AXIS = "model"
+COPY = "copy"  # beside AXIS, where several devices have the same kv head
 SPLIT = ("vocab", "heads", "kv_heads", "ffn")  # logical axes of weights that are split; all others are whole
 
 
@@ -70,6 +72,13 @@ class Tensor:
         whole = PartitionSpec()
         pages: Any = [PartitionSpec(None, None, AXIS)] * num_caches
         return StepState(pages, whole, whole, whole, whole)  # type: ignore[arg-type]
+
+    def before_repeating(self, num_kv_heads: int) -> Callable[[Any], NamedSharding]:
+        """Where a weight of fewer kv heads than devices is until each takes its own of it: see repeat_kv_heads."""
+        devices = self.mesh.devices
+        grid = devices.reshape(*devices.shape[:-1], num_kv_heads, -1)
+        mesh = Mesh(grid, (*self.mesh.axis_names, COPY))
+        return lambda where: NamedSharding(mesh, sharding_of(where).spec)
 
     def spread(self, step: Callable, weight_specs: Mapping[str, PartitionSpec], num_caches: int) -> Callable:
         """A step of one device's parts as a step of the whole: same arguments, same results."""
@@ -136,26 +145,31 @@ def devices_for(tensor_parallel_size: int) -> list[Any]:
     return devices[:tensor_parallel_size]
 
 
-def repeat_kv_heads(weights: Mapping[str, Any], shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives each kv head of the fused projections `[..., K, G + 2, H, ...]` to several devices, each its own queries.
+def repeat_kv_heads(weight: jax.Array, shape: tuple[int, ...], where: Any) -> jax.Array:
+    """Gives each kv head of a fused projection `[..., K, G + 2, H, ...]` to the devices that keep it.
+
+    No device sends anything to another: each takes, of the head that it has, the queries that are its own.
 
     Args:
-        weights: as the checkpoint has them.
-        shapes: as the mesh wants them; where they are the same, a weight is left as it is.
+        weight: placed as Tensor.before_repeating says; deleted.
+        shape: what it becomes, `[..., K * copies, G / copies + 2, H, ...]`.
+        where: the sharding or format of that.
     """
+    axis = next(i for i, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
+    spread = weight.sharding
+    assert isinstance(spread, NamedSharding)
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def repeated(weight, axis, copies):
-        heads = jnp.moveaxis(weight, (axis, axis + 1), (0, 1))
-        K, X, *rest = heads.shape
-        queries = heads[:, :-2].reshape(K * copies, (X - 2) // copies, *rest)
-        both = jnp.concatenate([queries, jnp.repeat(heads[:, -2:], copies, axis=0)], axis=1)
-        return jnp.moveaxis(both, (0, 1), (axis, axis + 1))
+    def own(part):
+        size = shape[axis + 1] - 2
+        first = jax.lax.axis_index(COPY) * size
+        queries = jax.lax.dynamic_slice_in_dim(part, first, size, axis + 1)
+        keys_and_values = jax.lax.slice_in_dim(part, part.shape[axis + 1] - 2, None, axis=axis + 1)
+        return jnp.concatenate([queries, keys_and_values], axis + 1)
 
-    def one(weight, wanted):
-        if weight.shape == wanted:
-            return weight
-        axis = next(i for i, (a, b) in enumerate(zip(weight.shape, wanted, strict=True)) if a != b)
-        return repeated(weight, axis, wanted[axis] // weight.shape[axis])
-
-    return {path: one(weight, shapes[path].shape) for path, weight in weights.items()}
+    out = PartitionSpec(*spread.spec[:axis], (AXIS, COPY), *spread.spec[axis + 1 :])
+    take = jax.shard_map(own, mesh=spread.mesh, in_specs=spread.spec, out_specs=out, check_vma=False)
+    repeated = jax.block_until_ready(jax.jit(take)(weight))
+    weight.delete()
+    parts = [part.data for part in repeated.addressable_shards]
+    repeated = jax.make_array_from_single_device_arrays(shape, sharding_of(where), parts)
+    return jax.device_put(repeated, where) if isinstance(where, Format) else repeated

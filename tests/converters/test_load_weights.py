@@ -8,7 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny
+from jax.experimental.layout import Format, Layout
 
+from converters import place
 from converters.checkpoint import open_checkpoint
 from converters.load import load_weights
 from converters.rules import ConversionError
@@ -50,17 +52,25 @@ def test_progress_ends_at_the_total(tmp_path):
 
 
 def test_each_weight_goes_where_its_sharding_says(tmp_path):
-    folder, placed = tiny.make_checkpoint("llama", tmp_path), {}
+    folder = tiny.make_checkpoint("llama", tmp_path)
     checkpoint = open_checkpoint(folder)
     _, shapes = interface.abstract(checkpoint.model_class, checkpoint.config, "float32")
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("model",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
+    weights = load_weights(checkpoint, shapes, wheres=dict.fromkeys(shapes, where))
+    assert list(weights) == list(shapes) and {array.sharding for array in weights.values()} == {where}
+    layout = Layout(major_to_minor=(0,))
+    norm = load_weights(checkpoint, shapes, wheres=dict.fromkeys(shapes, where) | {"norm.scale": Format(layout, where)})
+    assert norm["norm.scale"].format.layout.major_to_minor == (0,)
+    np.testing.assert_array_equal(norm["norm.scale"], weights["norm.scale"])
 
-    def put(array, sharding):
-        placed[len(placed)] = sharding
-        return jax.device_put(array, sharding)
 
-    load_weights(checkpoint, shapes, put=put, shardings=dict.fromkeys(shapes, where))
-    assert len(placed) == len(shapes) and set(placed.values()) == {where}
+def test_weights_that_grow_on_the_device_are_the_same(tmp_path, monkeypatch):
+    folder = tiny.make_checkpoint("qwen2", tmp_path)
+    whole = load(folder, stacked=True)
+    monkeypatch.setattr(place, "SLAB_BYTES", 1000)
+    for path, array in load(folder, stacked=True, by_slabs=True).items():
+        np.testing.assert_array_equal(array, whole[path], err_msg=path)
 
 
 def test_an_error_names_the_checkpoint(tmp_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from converters.rules import ConversionError, Rule, convert, heads, kv_heads
+from converters.parts import convert
+from converters.rules import ConversionError, Rule, heads, kv_heads
 
 SHAPES = {"table": (6, 4), "layers.0.qkv": (2, 4, 3, 5), "layers.0.pair": (2, 7, 5)}
 RULES = [

@@ -9,7 +9,6 @@ import types
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from runtime import mesh
@@ -98,19 +97,36 @@ def test_more_devices_than_there_are_is_refused():
         mesh.devices_for(have + 1)
 
 
+REPEATED = """
+import jax, numpy as np, sys
+from jax.sharding import NamedSharding, PartitionSpec as P
+from runtime import mesh
+lead = tuple(map(int, sys.argv[1:]))
+K, G, H, D, copies = 2, 4, 3, 5, 2
+weight = np.random.default_rng(0).normal(size=(*lead, K, G + 2, H, D)).astype(np.float32)
+shape = (*lead, K * copies, G // copies + 2, H, D)
+tensor = mesh.Tensor.over(jax.devices(), 8)
+where = NamedSharding(tensor.mesh, P(*[None] * len(lead), mesh.AXIS, None, None, None))
+placed = jax.device_put(weight, tensor.before_repeating(K)(where))
+found = mesh.repeat_kv_heads(placed, shape, where)
+assert found.sharding == where and found.shape == shape
+repeated = np.asarray(found)
+for k in range(K * copies):
+    part, own = repeated[..., k, :, :, :], weight[..., k // copies, :, :, :]
+    first = k % copies * G // copies
+    assert np.array_equal(part[..., :-2, :, :], own[..., first : first + G // copies, :, :])
+    assert np.array_equal(part[..., -2:, :, :], own[..., -2:, :, :])
+"""
+
+
 @pytest.mark.parametrize("lead", [(), (3,)])
 def test_a_repeated_kv_head_keeps_each_query_with_its_own(lead):
-    K, G, H, D, copies = 2, 4, 3, 5, 2
-    weight = np.random.default_rng(0).normal(size=(*lead, K, G + 2, H, D)).astype(np.float32)
-    wanted = jax.ShapeDtypeStruct((*lead, K * copies, G // copies + 2, H, D), np.float32)
-    other = np.ones((4, 4), np.float32)
-    found = mesh.repeat_kv_heads(
-        {"qkv": weight, "o": other}, {"qkv": wanted, "o": jax.ShapeDtypeStruct((4, 4), np.float32)}
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", REPEATED, *map(str, lead)],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    repeated = np.asarray(found["qkv"])
-    assert found["o"] is other and repeated.shape == wanted.shape
-    for k in range(K * copies):
-        part, own = repeated[..., k, :, :, :], weight[..., k // copies, :, :, :]
-        first = k % copies * G // copies
-        assert np.array_equal(part[..., :-2, :, :], own[..., first : first + G // copies, :, :])
-        assert np.array_equal(part[..., -2:, :, :], own[..., -2:, :, :])
+    assert done.returncode == 0, done.stderr[-3000:]

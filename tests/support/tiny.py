@@ -23,7 +23,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from converters.families import family_of
 from converters.fields import Fields
-from converters.rules import TensorInfo, convert
+from converters.parts import convert
+from converters.rules import TensorInfo
 from models import interface
 from models.inputs import StepInputs
 from pallas_kernels.ragged_paged_attention import cache_shape
@@ -147,8 +148,8 @@ class Arrays:
         self.arrays = arrays
         self.tensors = {name: TensorInfo(array.shape, array.dtype) for name, array in arrays.items()}
 
-    def read(self, name):
-        return self.arrays[name]
+    def read(self, name, rows=None):
+        return self.arrays[name] if rows is None else self.arrays[name][rows]
 
 
 def tensor_shapes(hf):

@@ -1,0 +1,240 @@
+"""Converted weights on disk, so that the next start reads them as the devices want them, on whatever mesh.
+
+An entry is a folder named by what its weights were made from. In it are orbax checkpoints of a few hundred megabytes
+each, and a file `complete`: which array is in which of them, and the SHA-256 of every file. An entry is made under
+another name and renamed when it is whole, so that one is there or is not. Orbax does not notice a changed byte in an
+array, so every file's digest is compared before the weights are used.
+
+Orbax would read each device's part whole, into memory beside the one that the part is to lie in. What it wrote is
+therefore read with tensorstore, which it is made of, straight to the place, in whatever boxes the mesh needs.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from converters.place import Made, part_of, place
+
+log = logging.getLogger(__name__)
+COMPLETE = "complete"
+BATCH_BYTES = 256_000_000  # of one orbax checkpoint, and so on the host at once when devices have memory of their own
+CHUNK_BYTES = 16_000_000  # of one file, which is always read whole
+UNFINISHED = ".unfinished"
+
+
+class Damaged(ValueError):
+    """An entry is not what was written."""
+
+
+def restore(
+    folder: Path,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    wheres: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, jax.Array] | None:
+    """The weights of an entry, placed as `wheres` says; None when there is none, or none that can be trusted.
+
+    An entry that cannot be trusted is said and removed.
+    """
+    if not (folder / COMPLETE).exists():
+        return None
+    try:
+        arrays, files = _read_index(folder / COMPLETE)
+        _compare(arrays, shapes)
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:
+            check = beside.submit(_check_files, folder, files)
+            weights = _read(folder, arrays, shapes, wheres, progress)
+            check.result()
+        return weights
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("kept weights %s are not used: %s; converting again", folder.name, error)
+        discard(folder)
+        return None
+
+
+def keep(folder: Path, weights: Mapping[str, jax.Array], *, batch_bytes: int = BATCH_BYTES) -> None:
+    """Makes an entry; a full disk, or any other reason why that cannot be, costs a warning only."""
+    if jax.process_count() > 1:
+        log.info("converted weights are not kept: each of %d processes has a part of them", jax.process_count())
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sweep(folder.parent)
+        needs, free = sum(array.nbytes for array in weights.values()), shutil.disk_usage(folder.parent).free
+        if free < needs:
+            log.warning("converted weights are not kept: %s has %s bytes free of %s", folder.parent, free, needs)
+            return
+        with _workspace(folder) as work:
+            arrays = _write(work, weights, batch_bytes)
+            _write_index(work, arrays)
+            with contextlib.suppress(FileExistsError):  # another server was quicker, with the same weights
+                _rename(work, folder)
+    except Exception as error:  # orbax and tensorstore raise many types for a disk that cannot be written
+        log.warning("converted weights are not kept in %s: %s", folder.parent, _first_line(error))
+
+
+def discard(folder: Path) -> None:
+    """Takes an entry away; whoever reads it at this moment finds files missing, and converts."""
+    with contextlib.suppress(OSError):
+        away = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=UNFINISHED, dir=folder.parent))
+        os.rename(folder, away)
+        shutil.rmtree(away, ignore_errors=True)
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """A folder beside the entry's, locked while it is in use, and gone in the end unless it was renamed."""
+    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=UNFINISHED, dir=folder.parent))
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep(parent: Path) -> None:
+    """Removes what servers left that were stopped while they wrote."""
+    for work in parent.glob(f"*{UNFINISHED}"):
+        with contextlib.suppress(OSError):
+            lock = os.open(work, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(work, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _rename(work, folder):
+    try:
+        os.rename(work, folder)
+    except OSError as error:
+        if folder.exists():
+            raise FileExistsError(str(folder)) from error
+        raise
+
+
+def _write(work, weights, batch_bytes) -> dict[str, Any]:
+    """Writes the arrays and returns {name: {shape, dtype, parts: [[first row, folder of the part]]}}."""
+    import orbax.checkpoint as ocp  # half a second, which only a cold start pays
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of each folder that it is no OCDBT, as wanted
+    found: dict[str, Any] = {}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)  # bfloat16 hardly gets smaller
+    with ocp.Checkpointer(handler) as writer:
+        for number, batch in enumerate(_batches(weights, batch_bytes)):
+            tree = {f"{name}@{start}": slab for name, start, slab in batch}
+            chunks = {key: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for key in tree}
+            writer.save(work / f"{number:04}", args=ocp.args.PyTreeSave(tree, save_args=chunks))
+            for name, start, _ in batch:
+                array = weights[name]
+                entry = found.setdefault(name, {"shape": array.shape, "dtype": array.dtype.name, "parts": []})
+                entry["parts"].append([start, f"{number:04}/{name}@{start}"])
+    return found
+
+
+def _batches(weights, batch_bytes):
+    """Lists of (name, first row, rows), each list of about so many bytes."""
+    batch, size = [], 0
+    for name, array in weights.items():
+        for start, slab in _slabs(array, batch_bytes):
+            if batch and size + slab.nbytes > batch_bytes:
+                yield batch
+                batch, size = [], 0
+            batch.append((name, start, slab))
+            size += slab.nbytes
+    if batch:
+        yield batch
+
+
+def _slabs(array, batch_bytes):
+    """(first row, rows) of an array that is too large for a batch and can be cut without the devices' help."""
+    parts = part_of(array.sharding, array.shape).values()
+    is_cut = any(box[0] != slice(0, len(array)) for box in parts)
+    if array.nbytes <= batch_bytes or is_cut or all(d.platform == "cpu" for d in array.sharding.device_set):
+        yield 0, array
+        return
+    step = max(1, len(array) * batch_bytes // array.nbytes)
+    for start in range(0, len(array), step):
+        yield start, array[start : start + step]
+
+
+def _read(folder, arrays, shapes, wheres, progress):
+    import tensorstore as ts
+
+    # Each read is of one chunk: few at once keep the host's memory small.
+    context = ts.Context({"file_io_concurrency": {"limit": 4}, "data_copy_concurrency": {"limit": 4}})
+
+    @functools.cache
+    def opened(part):
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder / part}/"}}
+        return ts.open(spec, read=True, context=context).result()
+
+    def work(name):
+        def make(box, into):
+            for start, part in arrays[name]["parts"]:
+                stored = opened(part)
+                first, last = max(box[0].start, start), min(box[0].stop, start + stored.shape[0])
+                if first < last:
+                    rows = (slice(first - start, last - start), *box[1:])
+                    target = into[name][first - box[0].start : last - box[0].start]
+                    ts.array(target).write(stored[rows][ts.d[:].translate_to[0]]).result()
+
+        return Made((name,), len(shapes[name].shape), make)
+
+    return place([work(name) for name in shapes], shapes, wheres, progress=progress)
+
+
+def _compare(arrays, shapes):
+    for name, shape in shapes.items():
+        kept = arrays[name]
+        if tuple(kept["shape"]) != shape.shape or kept["dtype"] != np.dtype(shape.dtype).name:
+            raise Damaged(f"{name} is {kept['dtype']}{kept['shape']}, and {shape.dtype}{list(shape.shape)} is wanted")
+
+
+def _write_index(work, arrays):
+    names = sorted(path.relative_to(work).as_posix() for path in work.rglob("*") if path.is_file())
+    body = json.dumps({"arrays": arrays, "files": dict(zip(names, _digests(work, names), strict=True))})
+    (work / COMPLETE).write_text(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
+
+
+def _read_index(path):
+    digest, _, body = path.read_text().partition("\n")
+    if hashlib.sha256(body.encode()).hexdigest() != digest:
+        raise Damaged(f"{path.name} is damaged")
+    index = json.loads(body)
+    return index["arrays"], index["files"]
+
+
+def _check_files(folder, files):
+    for name, wanted, found in zip(files, files.values(), _digests(folder, files), strict=True):
+        if found != wanted:
+            raise Damaged(f"{name} is damaged")
+
+
+def _digests(folder, names):
+    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        return list(pool.map(lambda name: _digest(folder / name), names))
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

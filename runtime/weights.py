@@ -1,0 +1,84 @@
+"""The model's weights on the devices: found again from an earlier start, or converted and kept for the next."""
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from converters.checkpoint import Checkpoint
+from converters.load import load_weights
+from models.interface import abstract
+from runtime import kept_weights, mesh
+from runtime.config import EnginePlan
+from runtime.quantise import to_int8
+
+log = logging.getLogger(__name__)
+ROUNDINGS = {"int8": to_int8}
+
+
+def on_devices(
+    checkpoint: Checkpoint,
+    config: Any,
+    tensor: mesh.Tensor | None,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    wheres: Mapping[str, Any],
+    plan: EnginePlan,
+    cache_dir: Path | None,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, jax.Array]:
+    """The weights as `shapes` says and where `wheres` says, in the order of `shapes`.
+
+    What is kept does not depend on the mesh: it is restored onto any other.
+
+    Args:
+        config: the model's as the devices want it: with kv heads repeated where there are fewer than devices.
+        tensor: the mesh; None for one device.
+        wheres: {name: sharding or format}.
+    """
+    stored, places = stored_shapes(checkpoint, config, plan, shapes), wheres
+    repeated = [name for name in shapes if shapes[name].shape != stored[name].shape]
+    if repeated:
+        before = tensor.before_repeating(checkpoint.config.num_kv_heads)
+        places = dict(wheres) | {name: before(wheres[name]) for name in repeated}
+    step = lambda done, total: progress("weights", done, total)
+    folder = cache_dir and cache_dir / "weights" / _identity(checkpoint, plan)
+    found = kept_weights.restore(folder, stored, places, step) if folder else None
+    if found is None:
+        found = load_weights(
+            checkpoint, stored, wheres=places, rounding=ROUNDINGS.get(plan.quantization or ""), progress=step
+        )
+        if folder:
+            kept_weights.keep(folder, found)
+    for name in repeated:
+        found[name] = mesh.repeat_kv_heads(found[name], shapes[name].shape, wheres[name])
+    return found
+
+
+def stored_shapes(checkpoint: Checkpoint, config: Any, plan: EnginePlan, shapes: Mapping) -> Mapping:
+    """The shapes of what is converted and kept: the checkpoint's own, before kv heads are repeated for a mesh."""
+    if config == checkpoint.config:
+        return shapes
+    is_int8, dtype = plan.quantization == "int8", jnp.dtype(plan.dtype)
+    return abstract(checkpoint.model_class, checkpoint.config, dtype, plan.stacked, is_int8=is_int8)[1]
+
+
+def _identity(checkpoint, plan) -> str:
+    """Names what the weights are made from: the checkpoint's content, what is done to it, and the code that does."""
+    facts = [checkpoint.fingerprint(), str(checkpoint.config), plan.dtype, str(plan.quantization), str(plan.stacked)]
+    return hashlib.sha256("\0".join([*facts, _converter_digest()]).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _converter_digest() -> str:
+    root = Path(__file__).resolve().parent.parent
+    sources = [*(root / "converters").rglob("*.py"), *(root / "models").rglob("*.py")]
+    sources += [root / "runtime" / name for name in ("quantise.py", "kept_weights.py", "weights.py")]
+    digest = hashlib.sha256()
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""Weights are the same on every mesh, whether converted there or kept by a start on another one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EIGHT_HEADS = {"num_attention_heads": 8, "head_dim": 8}  # and two kv heads: four devices keep each twice
+
+
+def run(family, changes, runs):
+    """In a process of its own: a CPU is one device unless it is told before."""
+    script = ROOT / "tests" / "support" / "mesh_weights.py"
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "http", ROOT / "tests" / "support")))
+    done = subprocess.run(
+        [sys.executable, str(script), family, *map(json.dumps, (changes, runs))],
+        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+OPTIONS = [{}, {"stacked": True}, {"quantization": "int8"}]
+SIZES = (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "family, changes", [("llama_biased", EIGHT_HEADS | {"vocab_size": 322}), ("gemma3", EIGHT_HEADS)]
+)
+def test_kept_weights_are_placed_on_any_mesh_as_if_converted_for_it(family, changes):
+    """From one device to four, from four to two, and with kv heads repeated on the way and back."""
+    kept = lambda cache, first: [[size, {"cache": cache}] for size in (first, *SIZES)]
+    each = [*([size, {}] for size in SIZES), *kept("by one", 1), *kept("by four", 4)]
+    found, log = run(family, changes, [[size, options | more] for options in OPTIONS for size, more in each])
+    for start in range(0, len(found), len(each)):
+        fresh = dict(zip(SIZES, found[start : start + 3], strict=True))
+        assert all(one["read"] for one in fresh.values())
+        for first, *again in (found[start + 3 : start + 7], found[start + 7 : start + 11]):
+            assert first["read"] and not any(one["read"] for one in again)
+            for size, one in zip(SIZES, again, strict=True):
+                assert one["whole"] == fresh[size]["whole"] and one["parts"] == fresh[size]["parts"], size
+        check_split(fresh)
+    assert "kept" not in log
+
+
+def check_split(fresh):
+    """A mesh changes what the whole is only where kv heads are repeated."""
+    for name, digest in fresh[1]["whole"].items():
+        assert fresh[2]["whole"][name] == digest
+        assert fresh[4]["whole"][name] == digest or ".qkv." in name, name
+        assert len(fresh[4]["parts"][name]) == 4
