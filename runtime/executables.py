@@ -10,6 +10,7 @@ our own source, JAX, flags, and the CPU's features. Its first 32 bytes are the S
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -84,7 +85,7 @@ def build(
         cache_dir = None
     devices = devices or jax.devices()[:1]
     if devices[0].platform == "gpu":
-        import jax.experimental.mosaic.gpu  # noqa: F401  tells where the library is that restored kernels call
+        importlib.import_module("jax.experimental.mosaic.gpu")  # says where the library is that restored kernels call
     base = "\n".join([identity, toolchain(), source_digest(), str([d.id for d in devices])])
     table, loaded = {}, 0
     paths = {key: cache_dir / f"{_digest(base, str(key))}.jaxexec" for key in programs} if cache_dir else {}
