@@ -37,7 +37,7 @@ class EngineConfig:
         max_decode_chunk: prompt tokens that may join a step in which other requests decode; None for as many as keep
             the gap between their tokens short, going by how long steps take. See runtime.pacing.
         max_decode_steps: steps that one dispatch may run while every request decodes and none waits; None for as many
-            as take 10 ms, where dispatches are worth saving.
+            as take 30 ms, where dispatches are worth saving.
         speculative_config: how tokens are drafted ahead, or {"num_speculative_tokens": 0} for not at all. See
             runtime.speculation.
         block_size: tokens in a page.
@@ -274,7 +274,7 @@ def settle(
         1 if on_cpu else 8,
         "a dispatch costs little beside a step"
         if on_cpu
-        else "one dispatch for several steps, as long as they take 10 ms together",
+        else "one dispatch for several steps, as long as they take 30 ms together",
     )
     page_columns = math.ceil(max_model_len / page_size)
     page_bytes = token_bytes * page_size

@@ -387,7 +387,7 @@ SCHEDULER = (
     Flag(
         "max-decode-steps",
         "int",
-        "steps of one dispatch while all requests decode and none waits (CPU: 1, else what 10 ms hold, at most 8).",
+        "steps of one dispatch while all requests decode and none waits (CPU: 1, else what 30 ms hold, at most 8).",
         to="engine.max_decode_steps",
     ),
     Flag(

@@ -16,7 +16,7 @@ STRETCH = 1.5  # where decoding alone takes longer than that: how much longer a 
 SAMPLES = 5  # steps of a size whose median counts
 MIN_TOKENS = 48  # of such a step, decodes and all: fewer would read the weights again for a handful of tokens
 MIN_CHUNK = 8  # with many decodes: a prompt always gets on
-WINDOW_S = 0.01  # tokens of one window reach their reader together: no longer apart than a screen shows
+WINDOW_S = 0.03  # tokens of one window reach their reader together: no longer apart than a reader sees
 
 
 class Pace:
@@ -62,7 +62,7 @@ class Pace:
     def window(self, num_decode: int, most: int) -> int:
         """Steps that one dispatch of so many decodes may run, at most `most`: 1 until such a step was timed."""
         seconds = self.seconds(num_decode)
-        return max(1, min(most, int(WINDOW_S / seconds))) if seconds else 1
+        return max(1, min(most, round(WINDOW_S / seconds))) if seconds else 1
 
     def _points(self):
         """(tokens, seconds) of each class measured, both growing."""

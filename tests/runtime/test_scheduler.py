@@ -207,7 +207,7 @@ def test_windows_may_go_by_how_long_a_step_takes():
     add(scheduler, "a", 3, 30)
     step(scheduler)
     assert step(scheduler).num_steps == 1, "not timed yet"
-    for seconds, steps in [(0.004, 2), (0.0001, 8), (0.02, 1)]:
+    for seconds, steps in [(0.015, 2), (0.0001, 8), (0.04, 1)]:
         for _ in range(5):
             scheduler.pace.on_step(1, seconds)
         assert step(scheduler).num_steps == steps
