@@ -4,6 +4,8 @@
 #   make check     lint, format, types and the fast tests: what CI runs
 #   make test      the fast tests alone        make slow    those that take longer or need weights
 #   make fix       format and mend             make bench   the tables of tests/bench; BENCH=name for one
+#   make tpu       compiles kernels and steps for TPUs, with libtpu in a folder of its own; no TPU is needed
+#   make gpu       the same for an H100, with JAX's CUDA plugin; no GPU is needed
 #   make plots     the pictures of README, of what make bench measured
 #   make parity    Hugging Face's own code over the golden checkpoints, compared; torch gets a venv of its own
 #   make clients   other people's clients against a real server, each in a venv of its own; CLIENTS=name for one
@@ -45,7 +47,7 @@ echo "no Python 3.11 or newer with the venv module was found; install one (on De
 exit 1
 endef
 
-.PHONY: serve check test slow fix parity clients bench plots lint types clean
+.PHONY: serve check test slow tpu gpu fix parity clients bench plots lint types clean
 
 serve: $(READY)
 	$(PY) -m runtime.serve $(MODEL) --port $(PORT) $(ARGS)
@@ -64,6 +66,24 @@ test: $(READY)
 
 slow: $(READY)
 	$(PY) -m pytest -q -m "slow or weights" $(ARGS)
+
+# Compilers are kept out of .venv: where they are found, every start of JAX asks them for devices.
+tpu: $(READY) .cache/tpu/.ready
+	PYTHONPATH=.cache/tpu $(PY) -m pytest -q -m tpu -n $(WORKERS) $$(grep -rl mark.tpu tests --include=test_*.py) $(ARGS)
+
+gpu: $(READY) .cache/gpu/.ready
+	PYTHONPATH=.cache/gpu $(PY) -m pytest -q -m gpu -n $(WORKERS) $$(grep -rl mark.gpu tests --include=test_*.py) $(ARGS)
+
+# The releases that fit the installed JAX: of libtpu the one that it asks for, of the plugin its own.
+.cache/tpu/.ready: $(READY)
+	libtpu=$$($(PY) -c "import importlib.metadata as m; print(*(r for r in m.requires('jax') if 'libtpu' in r))") && \
+	  $(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(@D) "$${libtpu%%;*}"
+	@touch $@
+
+.cache/gpu/.ready: $(READY)
+	jax=$$($(PY) -c "import jax; print(jax.__version__)") && $(PY) -m pip install -q --disable-pip-version-check \
+	  --no-deps --upgrade --target $(@D) jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax
+	@touch $@
 
 fix: $(READY)
 	$(PY) -m ruff check --fix .

@@ -19,7 +19,8 @@ from pallas_kernels.ragged_paged_attention import reference, tpu, tpu_plan
 INTERPRET = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
 SMALL = dict(decode_blocks=tpu_plan.Blocks(1, 32, 16), chunk_blocks=tpu_plan.Blocks(16, 32, 16))
 PLAIN = Shape()
-TOLERANCE = {"float32": 2e-6, "bfloat16": 0.02}
+# In float32 either side is within 2.5e-6 of float64, in another order of sums.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 0.02}
 
 # (tokens in the cache, of which new), decodes first
 ROWS = {

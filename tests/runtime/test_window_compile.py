@@ -36,7 +36,8 @@ def test_a_window_copies_neither_pages_nor_weights(speculation):
     )
     assert plan.max_decode_steps == 8
     caches = loading._cache_shapes(model.cache_specs, plan)
-    programs = loading._programs(model.graph, model.weights, plan, caches, empty_row(VOCAB, [2]))
+    layout = loading.Layout(model.config, None, {})
+    programs = loading._programs(model.graph, model.weights, plan, caches, empty_row(VOCAB, [2]), layout)
     (program,) = (p for key, p in programs.items() if str(key).startswith("decode"))
     weights, state, *_ = program.args
     leaves, tree = jax.tree.flatten(program.args)
