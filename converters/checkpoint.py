@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import tokenizers
 
 from converters.families import Family, family_of
 from converters.fields import Fields
-from converters.rules import ConversionError, Rule, TensorSource
+from converters.rules import ConversionError, Rule, TensorInfo, TensorSource
 from converters.shards import Shards, read_json
 
 FULL_HASH_BYTES = 64_000_000  # larger files are hashed by samples
@@ -55,11 +56,15 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype that most of the weights are stored in; "float32" when that is none of ours."""
+        """The dtype that most of the weights are stored in; "float32" when that is none of ours.
+
+        Where there are no weights, it is what config.json says of them.
+        """
         totals: dict[str, int] = {}
         for info in self.source.tensors.values():
             totals[info.dtype.name] = totals.get(info.dtype.name, 0) + int(np.prod(info.shape))
-        name = max(totals, key=totals.__getitem__)
+        said = self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
+        name = max(totals, key=totals.__getitem__) if totals else said
         return name if name in ("bfloat16", "float16", "float32") else "float32"
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -103,10 +108,24 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+class NoTensors:
+    """The TensorSource of a config without weights."""
+
+    tensors: Mapping[str, TensorInfo] = MappingProxyType({})
+    files: tuple[Path, ...] = ()
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        raise ConversionError(f"tensor {name!r} cannot be read: only the config was opened")
+
+
 def open_checkpoint(
-    path: str | Path, *, overrides: Mapping[str, Any] | None = None, tokenizer: str | Path | None = None
+    path: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    needs_weights: bool = True,
 ) -> Checkpoint:
-    """Opens a Hugging Face folder or a GGUF file.
+    """Opens a Hugging Face folder or a GGUF file; without need of weights, also a folder or a file of its config.
 
     Args:
         overrides: laid over config.json's object, field by field.
@@ -122,7 +141,9 @@ def open_checkpoint(
         if not (path / "config.json").is_file() and len(ggufs) == 1:
             checkpoint = _laid_over(_open_gguf(ggufs[0]), overrides)
         else:
-            checkpoint = _open_folder(path, overrides or {})
+            checkpoint = _open_folder(path / "config.json", overrides or {}, needs_weights)
+    elif not needs_weights and path.is_file() and path.suffix == ".json":
+        checkpoint = _open_folder(path, overrides or {}, needs_weights)
     elif not path.exists():
         raise ConversionError(f"{path} does not exist; give a folder with config.json, or a .gguf file")
     elif path.suffix == ".gguf":
@@ -172,16 +193,17 @@ def _read_tokenizer(folder):
     return None
 
 
-def _open_folder(folder, overrides):
-    if not (folder / "config.json").is_file():
+def _open_folder(config_file, overrides, needs_weights):
+    folder = config_file.parent
+    if not config_file.is_file():
         raise ConversionError(f"{folder}: no config.json; give the folder that a Hugging Face download made")
-    hf_config = read_json(folder / "config.json")
+    hf_config = read_json(config_file)
     if overrides and isinstance(hf_config, dict):
         hf_config |= overrides
-    fields = Fields(hf_config, str(folder / "config.json"))
+    fields = Fields(hf_config, str(config_file))
     family = family_of(fields)
     config = family.config(fields)
-    source = Shards(folder)
+    source = Shards(folder) if needs_weights or any(folder.glob("*.safetensors")) else NoTensors()
     tokenizer_config = _optional_json(folder / "tokenizer_config.json")
     return Checkpoint(
         path=folder,
@@ -192,7 +214,7 @@ def _open_folder(folder, overrides):
         generation_config=_optional_json(folder / "generation_config.json"),
         tokenizer_config=tokenizer_config,
         chat_template=_chat_template(folder, tokenizer_config),
-        files=(folder / "config.json", *source.files),
+        files=(config_file, *source.files),
     )
 
 

@@ -91,9 +91,6 @@ def ready(
         limits: a dataclass of numbers: what one request may ask.
         body, path: the example request.
     """
-    rows = [tuple(map(str, row)) for row in reasons]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
-    plan = [f"  {name:{widths[0]}}  {value:>{widths[1]}}  {why}" for name, value, why in rows]
     times = "  ".join(f"{phase} {spent:.1f}" for phase, spent in seconds.items() if spent >= 0.05)
     return "\n".join(
         [
@@ -102,13 +99,20 @@ def ready(
             "",
             f"  {_curl(url, path, body or {}, needs_key)}",
             "",
-            *plan,
+            *table(reasons),
             "",
             *_wrapped("limits", dataclasses.asdict(limits) if limits else {}),
             f"  seconds: {times}  in all {sum(seconds.values()):.1f}",
             "",
         ]
     )
+
+
+def table(rows: Iterable[tuple[str, str, str]]) -> list[str]:
+    """(name, value, why) rows as aligned lines."""
+    texts = [tuple(map(str, row)) for row in rows]
+    widths = [max((len(row[i]) for row in texts), default=0) for i in (0, 1)]
+    return [f"  {name:{widths[0]}}  {value:>{widths[1]}}  {why}".rstrip() for name, value, why in texts]
 
 
 def _wrapped(title: str, numbers: Mapping[str, float]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, DoesNotFit
 from runtime.speculation import ON_CPU as speculation_on_cpu
 from runtime.speculation import Speculation
 
@@ -163,6 +163,16 @@ class EnginePlan:
         """Slots on the device: one a running request, and a last one that padding rows write to."""
         return self.max_num_seqs + 1
 
+    @property
+    def compiled_fields(self) -> dict[str, str]:
+        """{name: value, as text} of the numbers that compiled steps depend on."""
+        return {f.name: str(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in OF_THE_HOST}
+
+
+# Fields of EnginePlan that only the scheduler, the admission of requests and messages read.
+OF_THE_HOST = {"max_decode_chunk", "paces_windows", "num_spread_pages", "max_logprobs", "weight_bytes", "page_bytes"}
+OF_THE_HOST |= {"enable_prefix_caching", "scheduling_policy", "seed", "max_queued", "reasons"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -170,17 +180,6 @@ class Memory:
 
     total: int
     free: int
-
-
-def device_memory(device) -> Memory:
-    """Memory of an accelerator as its client states it, or of this host under its cgroup."""
-    if device.platform == "cpu":
-        return host_memory()
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    if not limit:
-        raise ConfigError(f"{device} does not tell its memory; set kv_cache_memory_bytes")
-    return Memory(limit, limit - stats.get("bytes_in_use", 0))
 
 
 def host_memory() -> Memory:
@@ -281,7 +280,7 @@ def settle(
 
     limit = int(memory.total * config.gpu_memory_utilization) * num_devices
     if weight_bytes >= limit:
-        raise ConfigError(
+        raise DoesNotFit(
             f"weights take {weight_bytes / MIB:,.0f} MiB and {limit / MIB:,.0f} MiB may be used "
             f"({num_devices} x {memory.total / MIB:,.0f} MiB at {config.gpu_memory_utilization:.0%}); "
             "quantise, use more devices, or a smaller model"
@@ -307,7 +306,7 @@ def settle(
         )
     num_pages = max(0, kv_bytes // page_bytes)
     if num_pages < page_columns:
-        raise ConfigError(
+        raise DoesNotFit(
             f"{num_pages} pages of {page_size} tokens fit ({kv_bytes / MIB:,.0f} MiB), and one request of "
             f"max_model_len {max_model_len:,} needs {page_columns} ({page_columns * page_bytes / MIB:,.0f} MiB); "
             f"lower max_model_len to {num_pages * page_size:,} or give the cache more memory"

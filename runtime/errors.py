@@ -2,6 +2,7 @@
 
     RuntimeServerError
     ├── ConfigError           the server cannot start as asked
+    │   └── DoesNotFit        the devices' memory is too small for it
     ├── RequestRefused        this request asks for something impossible; no work was done for it
     │   └── UnknownModel      it names a model that is not served
     ├── Unavailable           the request is fine, but not now
@@ -24,6 +25,10 @@ class RuntimeServerError(Exception):
 
 class ConfigError(RuntimeServerError, ValueError):
     """A flag or a model folder that cannot be served; raised before the server listens."""
+
+
+class DoesNotFit(ConfigError):
+    """The weights, or the keys and values of one request, are more than the memory there is."""
 
 
 class RequestRefused(RuntimeServerError, ValueError):

@@ -1,9 +1,8 @@
 """Converted weights on disk, so that the next start reads them as the devices want them, on whatever mesh.
 
 An entry is a folder named by what its weights were made from. In it are orbax checkpoints of a few hundred megabytes
-each, and a file `complete`: which array is in which of them, and the SHA-256 of every file. An entry is made under
-another name and renamed when it is whole, so that one is there or is not. Orbax does not notice a changed byte in an
-array, so every file's digest is compared before the weights are used.
+each, and a file `complete`: which array is in which of them, and the SHA-256 of every file. Orbax does not notice a
+changed byte in an array, so every file's digest is compared before the weights are used.
 
 Orbax would read each device's part whole, into memory beside the one that the part is to lie in. What it wrote is
 therefore read with tensorstore, which it is made of, straight to the place, in whatever boxes the mesh needs.
@@ -11,15 +10,13 @@ therefore read with tensorstore, which it is made of, straight to the place, in 
 
 import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +24,12 @@ import jax
 import numpy as np
 
 from converters.place import Made, part_of, place
+from runtime import entries
 
 log = logging.getLogger(__name__)
 COMPLETE = "complete"
 BATCH_BYTES = 256_000_000  # of one orbax checkpoint, and so on the host at once when devices have memory of their own
 CHUNK_BYTES = 16_000_000  # of one file, which is always read whole
-UNFINISHED = ".unfinished"
 
 
 class Damaged(ValueError):
@@ -61,7 +58,7 @@ def restore(
         return weights
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("kept weights %s are not used: %s; converting again", folder.name, error)
-        discard(folder)
+        entries.discard(folder)
         return None
 
 
@@ -72,64 +69,22 @@ def keep(folder: Path, weights: Mapping[str, jax.Array], *, batch_bytes: int = B
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _sweep(folder.parent)
+        entries.sweep(folder.parent)
         needs, free = sum(array.nbytes for array in weights.values()), shutil.disk_usage(folder.parent).free
         if free < needs:
             log.warning("converted weights are not kept: %s has %s bytes free of %s", folder.parent, free, needs)
             return
-        with _workspace(folder) as work:
+        with entries.workspace(folder) as work:
             arrays = _write(work, weights, batch_bytes)
             _write_index(work, arrays)
             with contextlib.suppress(FileExistsError):  # another server was quicker, with the same weights
-                _rename(work, folder)
+                entries.rename(work, folder)
     except Exception as error:  # orbax and tensorstore raise many types for a disk that cannot be written
         log.warning("converted weights are not kept in %s: %s", folder.parent, _first_line(error))
 
 
-def discard(folder: Path) -> None:
-    """Takes an entry away; whoever reads it at this moment finds files missing, and converts."""
-    with contextlib.suppress(OSError):
-        away = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=UNFINISHED, dir=folder.parent))
-        os.rename(folder, away)
-        shutil.rmtree(away, ignore_errors=True)
-
-
 def _first_line(error):
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
-@contextlib.contextmanager
-def _workspace(folder: Path) -> Iterator[Path]:
-    """A folder beside the entry's, locked while it is in use, and gone in the end unless it was renamed."""
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=UNFINISHED, dir=folder.parent))
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
-
-
-def _sweep(parent: Path) -> None:
-    """Removes what servers left that were stopped while they wrote."""
-    for work in parent.glob(f"*{UNFINISHED}"):
-        with contextlib.suppress(OSError):
-            lock = os.open(work, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(work, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-def _rename(work, folder):
-    try:
-        os.rename(work, folder)
-    except OSError as error:
-        if folder.exists():
-            raise FileExistsError(str(folder)) from error
-        raise
 
 
 def _write(work, weights, batch_bytes) -> dict[str, Any]:

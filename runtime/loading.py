@@ -19,21 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.load import check_fits
-from models.interface import abstract, bind, logical_axes
 from pallas_kernels import cpu
-from pallas_kernels.ragged_paged_attention import cache_shape
-from runtime import executables, mesh, step_state, weights
+from runtime import executables, machine, weights
 from runtime.batch import StepBuffer, StepLayout
 from runtime.buckets import Bucket, buckets_for
-from runtime.config import EngineConfig, EnginePlan, device_memory, is_stacked, itemsize, settle
+from runtime.config import EngineConfig, EnginePlan
 from runtime.errors import ConfigError
+from runtime.preparation import mask_words, prepare
 from runtime.sampling import Tables, empty_row
-from runtime.step import make_step
 from runtime.step_state import StepState
 from runtime.tokenizer import Tokenizer
 
@@ -92,45 +89,33 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     opened = functools.partial(open_checkpoint, overrides=config.hf_overrides, tokenizer=config.tokenizer)
     checkpoint = _timed(seconds, "open", opened, config.model)
-    platform = jax.default_backend()
-    dtype = resolve_dtype(config.dtype, checkpoint.dtype, platform)
-    stacked = is_stacked(config, platform)
-    is_int8 = config.quantization == "int8"
-    layout = Layout.of(checkpoint, stacked, is_int8, config.tensor_parallel_size)
-    graph, shapes = abstract(checkpoint.model_class, layout.config, jnp.dtype(dtype), stacked, is_int8=is_int8)
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
-    specs = bind(graph, shapes).cache_specs()
-    plan = settle(
-        config,
-        platform=platform,
-        memory=device_memory(jax.devices()[0]),
-        vocab_size=checkpoint.config.vocab_size,
-        model_max_len=checkpoint.config.max_length,
-        weight_bytes=layout.num_bytes(shapes),
-        token_bytes=sum(int(np.prod(_pages(s, 1, 1, config.tensor_parallel_size, platform))) for s in specs)
-        * itemsize(kv_dtype),
-        dtype=dtype,
-    )
+    prepared = prepare(config, checkpoint, machine.here())
+    plan, layout, shapes = prepared.plan, prepared.layout, prepared.shapes
     check_fits(checkpoint, weights.stored_shapes(checkpoint, layout.config, plan, shapes))
     cache_dir = cache_folder(config)
-    caches = _cache_shapes(specs, plan)
     tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_config)
     eos_id, eos_ids = end_tokens(checkpoint, tokenizer)
     usual = empty_row(plan.vocab_size, sorted(eos_ids))
-    programs = _programs(graph, shapes, plan, caches, usual, layout)
-    identity = f"{checkpoint.model_class.__qualname__} {layout.config} {dataclasses.replace(plan, reasons=(), seed=0)}"
     place = functools.partial(weights.on_devices, checkpoint, layout.config, layout.tensor, shapes)
     # Reading and hashing hold no lock of Python's, so the steps are made meanwhile.
     with concurrent.futures.ThreadPoolExecutor(1, "weights") as beside:
         placing = beside.submit(place, layout.shardings(shapes), plan, cache_dir, progress)
-        if platform == "cpu" and cpu.is_available():
+        if plan.platform == "cpu" and cpu.is_available():
             progress("kernels", 0, 1)
             _timed(seconds, "kernels", cpu.register)  # programs from disk refer to them by name
             progress("kernels", 1, 1)
-        built = executables.build(programs, identity, cache_dir and cache_dir / "steps", progress, layout.devices)
-        seconds["compile" if built.num_loaded < len(programs) else "restore steps"] = built.seconds
+        built = executables.build(
+            prepared.programs,
+            prepared.facts,
+            prepared.machine,
+            layout.devices,
+            cache_dir and cache_dir / "steps",
+            progress,
+        )
+        seconds["compile" if built.num_loaded < len(built.table) else "restore steps"] = built.seconds
         placed = _timed(seconds, "weights", placing.result)
-    state = _timed(seconds, "allocate", built.table["new_state"])
+    new_state = functools.partial(built.table["new_state"], usual)
+    state = _timed(seconds, "allocate", new_state)
     loaded = Loaded(
         plan=plan,
         checkpoint=checkpoint,
@@ -148,62 +133,12 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
         usual_tables=usual,
         default_sampling=default_sampling(config, checkpoint),
         state=state,
-        new_state=built.table["new_state"],
+        new_state=new_state,
         seconds=seconds,
     )
     loaded = _timed(seconds, "warm up", _warm_up, loaded)
     _give_memory_back()
     return loaded
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where a model's weights are.
-
-    Attributes:
-        config: the model's, as the devices want it.
-        tensor: how it is split over devices; None for one.
-        specs: {name: what of each weight a device holds}; empty for one.
-    """
-
-    config: Any
-    tensor: mesh.Tensor | None
-    specs: dict[str, jax.sharding.PartitionSpec]
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, stacked: bool, is_int8: bool, tensor_parallel_size: int) -> "Layout":
-        if tensor_parallel_size == 1:
-            return cls(checkpoint.config, None, {})
-        config = mesh.fit(checkpoint.config, tensor_parallel_size)
-        tensor = mesh.Tensor.over(mesh.devices_for(tensor_parallel_size), config.vocab_size)
-        axes = logical_axes(checkpoint.model_class, config, stacked, is_int8=is_int8)
-        return cls(config, tensor, tensor.weight_specs(axes))
-
-    @property
-    def whole(self) -> jax.sharding.Sharding:
-        """Everything on every device."""
-        return self.tensor.whole if self.tensor else jax.sharding.SingleDeviceSharding(self.devices[0])
-
-    @property
-    def devices(self) -> list[Any]:
-        return list(self.tensor.mesh.devices.flat) if self.tensor else jax.devices()[:1]
-
-    def shardings(self, names) -> dict[str, Any]:
-        if self.tensor is None:
-            return dict.fromkeys(names, self.whole)
-        return self.tensor.shardings({name: self.specs[name] for name in names})
-
-    def num_bytes(self, shapes) -> int:
-        """Bytes of these weights on all devices together."""
-        copies = lambda name: self.tensor.size if self.tensor and mesh.AXIS not in self.specs[name] else 1
-        return sum(copies(name) * int(np.prod(s.shape)) * s.dtype.itemsize for name, s in shapes.items())
-
-
-def resolve_dtype(wish: str, stored: str, platform: str) -> str:
-    """ "auto" keeps bfloat16, and halves float32 to it; float16 stays only where it is fast."""
-    if wish != "auto":
-        return wish
-    return "float16" if stored == "float16" and platform == "gpu" else "bfloat16"
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int | None, frozenset[int]]:
@@ -256,68 +191,11 @@ def cache_folder(config: EngineConfig) -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax-serving-runtime"
 
 
-def mask_words(plan: EnginePlan) -> int:
-    """32-bit words of a vocabulary mask."""
-    return -(-plan.vocab_size // 32)
-
-
 def _timed(seconds, phase, function, *args):
     start = time.monotonic()
     result = function(*args)
     seconds[phase] = time.monotonic() - start
     return result
-
-
-def _cache_shapes(specs, plan):
-    """One array a layer, or one of all layers' pages when layers are stacked."""
-    shapes = [_pages(s, plan.num_pages, plan.page_size, plan.tensor_parallel_size, plan.platform) for s in specs]
-    if plan.stacked:
-        shapes = [(len(shapes) * shapes[0][0], *shapes[0][1:])]
-    return [jax.ShapeDtypeStruct(shape, jnp.dtype(plan.kv_dtype)) for shape in shapes]
-
-
-def _pages(spec, num_pages, page_size, num_devices, platform):
-    """The shape of one layer's pages; each device pads its own part of it."""
-    pages, tokens, vectors, width = cache_shape(
-        num_pages, page_size, spec.num_kv_heads // num_devices, spec.head_dim, platform
-    )
-    return pages, tokens, num_devices * vectors, width
-
-
-def _programs(graph, shapes, plan, caches, usual, layout):
-    """{key: Program} of all that will ever run."""
-    as_shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
-    state = jax.eval_shape(functools.partial(step_state.empty_state, plan, usual), caches)
-    tensor, weight_shapes, of_state = layout.tensor, shapes, None
-    if tensor:
-        specs = jax.tree.broadcast(tensor.state_specs(len(caches)), state)
-        of_state = tensor.shardings(specs)
-        state = _placed(state, of_state)
-        weight_shapes = _placed(weight_shapes, layout.shardings(weight_shapes))
-    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    programs: dict[Any, executables.Program] = {}
-    for bucket in buckets_for(plan):
-        step = make_step(graph, bucket, plan)
-        jitted = jax.jit(tensor.spread(step, layout.specs, len(caches)) if tensor else step, donate_argnums=1)
-        mask = jax.ShapeDtypeStruct((bucket.num_rows, mask_words(plan)), jnp.uint32)
-        packed = int32((StepLayout.of(bucket, plan).size,))
-        programs[bucket] = executables.Program(jitted, (weight_shapes, state, packed, mask))
-    history = jax.jit(step_state.load_history, donate_argnums=0, out_shardings=of_state)
-    programs["load_history"] = executables.Program(history, (state, int32(()), int32((plan.max_model_len,))))
-    tables = jax.jit(step_state.load_tables, donate_argnums=0, out_shardings=of_state)
-    programs["load_tables"] = executables.Program(tables, (state, int32(()), as_shape(usual)))
-    untouched = cpu.blank if plan.platform == "cpu" and cpu.is_available() and not tensor else jnp.zeros
-
-    def new_state():
-        return step_state.empty_state(plan, usual, [untouched(c.shape, c.dtype) for c in caches])
-
-    programs["new_state"] = executables.Program(jax.jit(new_state, out_shardings=of_state), ())
-    return programs
-
-
-def _placed(shapes, shardings):
-    """Shapes that say where their arrays are."""
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
 def _warm_up(loaded: Loaded) -> Loaded:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from converters.place import sharding_of
 from models.parallel import Split, split_over
 from runtime.errors import ConfigError
+from runtime.machine import Machine
 from runtime.step_state import StepState
 
 AXIS = "model"
@@ -125,13 +126,13 @@ def _misfits(config, size):
     return [name for name, fits in dimensions.items() if not fits]
 
 
-def devices_for(tensor_parallel_size: int) -> list[Any]:
-    """The first so many devices of this process.
+def devices_for(tensor_parallel_size: int, machine: Machine) -> list[Any]:
+    """The first so many devices of a machine.
 
     Raises:
         ConfigError: there are fewer.
     """
-    devices = jax.local_devices()
+    devices = machine.devices
     if len(devices) < tensor_parallel_size:
         kinds = f"{len(devices)} {devices[0].device_kind} device{'s' * (len(devices) > 1)}"
         hint = (
@@ -139,10 +140,12 @@ def devices_for(tensor_parallel_size: int) -> list[Any]:
             if devices[0].platform == "cpu"
             else ""
         )
+        where = "here" if machine.is_here else f"in {machine.name}"
         raise ConfigError(
-            f"tensor_parallel_size {tensor_parallel_size} needs as many devices, and here are {kinds}; lower it{hint}"
+            f"tensor_parallel_size {tensor_parallel_size} needs as many devices, and {where} are {kinds}; "
+            f"lower it{hint}"
         )
-    return devices[:tensor_parallel_size]
+    return list(devices[:tensor_parallel_size])
 
 
 def repeat_kv_heads(weight: jax.Array, shape: tuple[int, ...], where: Any) -> jax.Array:

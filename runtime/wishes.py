@@ -88,14 +88,19 @@ class Fetch:
         return str(demo.fetch_tokenizer(name, **wanted))
 
 
-def read(words: Sequence[str], environment: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
+def read(
+    words: Sequence[str], environment: Mapping[str, str], more: Sequence[arguments.Flag] = ()
+) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """The command line and the environment as {section: {field: value}}, and what to say of flags without effect.
+
+    Args:
+        more: flags of another command than serve.
 
     Raises:
         ConfigError: a flag is unknown, malformed or cannot be had.
     """
-    parsed = arguments.parse(words, FLAGS)
-    sections = {name: dict(parsed[name]) for name in SECTIONS}
+    parsed = arguments.parse(words, (*FLAGS, *more))
+    sections = {name: dict(parsed[name]) for name in (*SECTIONS, *(flag.to.split(".")[0] for flag in more))}
     for name, (target, convert) in ENVIRONMENT.items():
         if name in environment:
             section, field = target.split(".")

@@ -25,9 +25,9 @@ from runtime.buckets import buckets_for
 from runtime.config import EnginePlan
 from runtime.engine import Engine
 from runtime.executables import CompileCounter
-from runtime.loading import mask_words
 from runtime.metrics import EngineMetrics
 from runtime.params import SamplingParams
+from runtime.preparation import mask_words
 from runtime.request import Prompt
 from runtime.sampling import empty_row
 from runtime.step_state import COUNT, TOKENS, StepOutput, empty_state

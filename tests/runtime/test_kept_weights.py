@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from runtime import kept_weights
+from runtime import entries, kept_weights
 from runtime.kept_weights import COMPLETE, keep, restore
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -41,7 +41,7 @@ def assert_same(found, weights):
 
 
 def leftovers(folder):
-    return [path.name for path in folder.iterdir() if path.name.endswith(kept_weights.UNFINISHED)]
+    return [path.name for path in folder.iterdir() if path.name.endswith(entries.UNFINISHED)]
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_never_trusted_and_the_entry_is_made_anew(case, tmp_pa
             assert "kept weights entry are not used" in caplog.text and "converting again" in caplog.text
         keep(tmp_path / "entry", weights)
         if case == "gone" and victim.name == COMPLETE:
-            kept_weights.discard(tmp_path / "entry")
+            entries.discard(tmp_path / "entry")
             keep(tmp_path / "entry", weights)
         assert_same(read(tmp_path / "entry", weights), weights)
         number += 1
@@ -143,9 +143,9 @@ def test_a_write_that_is_interrupted_leaves_nothing_that_is_trusted(tmp_path, mo
 
 
 def test_what_a_killed_server_left_is_swept_and_what_another_writes_is_not(tmp_path):
-    left = tmp_path / f"entry.a{kept_weights.UNFINISHED}"
+    left = tmp_path / f"entry.a{entries.UNFINISHED}"
     (left / "0000").mkdir(parents=True)
-    with kept_weights._workspace(tmp_path / "entry") as busy:
+    with entries.workspace(tmp_path / "entry") as busy:
         keep(tmp_path / "entry", some_weights())
         assert busy.exists() and not left.exists()
     assert_same(read(tmp_path / "entry", some_weights()), some_weights())
@@ -173,7 +173,7 @@ def test_an_entry_that_is_taken_away_while_it_is_read_is_converted_again(entry, 
     whole = kept_weights._read
 
     def removed(folder, *rest):
-        kept_weights.discard(folder)
+        entries.discard(folder)
         return whole(folder, *rest)
 
     monkeypatch.setattr(kept_weights, "_read", removed)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from runtime import mesh
+from runtime import machine, mesh
 from runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +94,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(size, message):
 def test_more_devices_than_there_are_is_refused():
     have = len(jax.local_devices())
     with pytest.raises(ConfigError, match=f"needs as many devices, and here are {have} .*lower it"):
-        mesh.devices_for(have + 1)
+        mesh.devices_for(have + 1, machine.here())
 
 
 REPEATED = """

@@ -1,15 +1,13 @@
 """Windows of a stacked model compile for a real TPU and copy neither pages nor weights."""
 
 import absent_tpu
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from runtime import loading
+from runtime import machine, preparation
 from runtime.config import EngineConfig, Memory, settle
-from runtime.sampling import empty_row
 
 pytestmark = pytest.mark.tpu
 reason = absent_tpu.prepare()
@@ -35,18 +33,13 @@ def test_a_window_copies_neither_pages_nor_weights(speculation):
         dtype="bfloat16",
     )
     assert plan.max_decode_steps == 8
-    caches = loading._cache_shapes(model.cache_specs, plan)
-    layout = loading.Layout(model.config, None, {})
-    programs = loading._programs(model.graph, model.weights, plan, caches, empty_row(VOCAB, [2]), layout)
+    target = machine.absent("v5e-1")
+    layout = preparation.Layout(model.config, list(target.devices), None, {})
+    caches = preparation.cache_shapes(model.cache_specs, plan)
+    programs = preparation.programs_for(model.graph, model.weights, plan, caches, layout)
     (program,) = (p for key, p in programs.items() if str(key).startswith("decode"))
-    weights, state, *_ = program.args
-    leaves, tree = jax.tree.flatten(program.args)
-    first = len(jax.tree.leaves(weights))
-    donated = range(first, first + len(jax.tree.leaves(state)))
-    step = program.jitted.__wrapped__
-    executable, _ = absent_tpu.compile_for(
-        "v5e", lambda *flat: step(*jax.tree.unflatten(tree, flat)), leaves, tuple(donated)
-    )
+    with target.tracing(layout.devices):
+        executable = program.jitted.lower(*program.args).compile()
     memory = executable.memory_analysis()
     (pages,) = caches
     page_bytes = int(np.prod(pages.shape)) * pages.dtype.itemsize

@@ -1,39 +1,9 @@
-"""Compiling for a GPU that is not there, by JAX's CUDA plugin, on a machine without CUDA or a driver.
-
-Device values are from public specifications, not read off a card.
-"""
+"""Compiling for a GPU that is not there, by JAX's CUDA plugin, on a machine without CUDA or a driver."""
 
 import glob
 import importlib.util
 import os
 import time
-
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 def prepare() -> str | None:
@@ -53,6 +23,9 @@ def compile_for_h100(function, shapes, donate=()):
     import numpy as np
     from jax.experimental import topologies
 
+    from runtime.gpu_targets import described
+
+    H100 = described("NVIDIA H100 80GB HBM3")
     topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -22,8 +22,8 @@ import tiny
 
 from converters.checkpoint import open_checkpoint
 from models.interface import abstract
-from runtime import weights
-from runtime.loading import Layout
+from runtime import machine, weights
+from runtime.preparation import Layout
 
 
 def digest(array) -> str:
@@ -34,7 +34,7 @@ def digest(array) -> str:
 def placed(checkpoint, folder, devices, quantization="", stacked=False, cache=""):
     is_int8 = quantization == "int8"
     plan = types.SimpleNamespace(dtype="bfloat16", quantization=quantization or None, stacked=stacked)
-    layout = Layout.of(checkpoint, stacked, is_int8, devices)
+    layout = Layout.of(checkpoint, stacked, is_int8, devices, machine.here())
     _, shapes = abstract(checkpoint.model_class, layout.config, jax.numpy.bfloat16, stacked, is_int8=is_int8)
     asked = []
     source = checkpoint.source

@@ -1,0 +1,192 @@
+"""From a model's config and a machine to the plan and every program that will run: all that needs no weights.
+
+Serving, planning and building ahead of time prepare in this one way, so that a program built for a machine elsewhere
+is the one that the machine would have compiled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.checkpoint import Checkpoint
+from models.interface import abstract, bind, logical_axes
+from pallas_kernels import cpu
+from pallas_kernels.ragged_paged_attention import cache_shape
+from runtime import mesh, step_state
+from runtime.batch import StepLayout
+from runtime.buckets import buckets_for
+from runtime.config import EngineConfig, EnginePlan, is_stacked, itemsize, settle
+from runtime.executables import Program
+from runtime.machine import Machine
+from runtime.sampling import empty_row
+from runtime.step import make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is known of an engine before any weight is read.
+
+    Attributes:
+        shapes: {name: shape and dtype} of every weight, whole.
+        caches: of each array of pages, whole.
+        programs: {key: Program} of all that will ever run: a Bucket's step, "load_history", "load_tables", "new_state".
+        facts: {name: text} of what the programs depend on, beside the compiler and the devices.
+    """
+
+    machine: Machine
+    checkpoint: Checkpoint
+    plan: EnginePlan
+    layout: "Layout"
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    caches: list[jax.ShapeDtypeStruct]
+    programs: dict[Any, Program]
+    facts: dict[str, str]
+
+
+def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine) -> Prepared:
+    """Settles the plan and lists the programs.
+
+    Raises:
+        ConfigError: the wishes contradict each other, or the model does not fit; the message has the numbers.
+    """
+    platform = machine.platform
+    dtype = resolve_dtype(config.dtype, checkpoint.dtype, platform)
+    stacked, is_int8 = is_stacked(config, platform), config.quantization == "int8"
+    layout = Layout.of(checkpoint, stacked, is_int8, config.tensor_parallel_size, machine)
+    graph, shapes = abstract(checkpoint.model_class, layout.config, jnp.dtype(dtype), stacked, is_int8=is_int8)
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    specs = bind(graph, shapes).cache_specs()
+    plan = settle(
+        config,
+        platform=platform,
+        memory=machine.memory,
+        vocab_size=checkpoint.config.vocab_size,
+        model_max_len=checkpoint.config.max_length,
+        weight_bytes=layout.num_bytes(shapes),
+        token_bytes=sum(int(np.prod(_pages(s, 1, 1, config.tensor_parallel_size, platform))) for s in specs)
+        * itemsize(kv_dtype),
+        dtype=dtype,
+    )
+    caches = cache_shapes(specs, plan)
+    programs = programs_for(graph, shapes, plan, caches, layout)
+    facts = {"model": f"{checkpoint.model_class.__qualname__} {layout.config}"} | plan.compiled_fields
+    return Prepared(machine, checkpoint, plan, layout, shapes, caches, programs, facts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a model's weights are.
+
+    Attributes:
+        config: the model's, as the devices want it.
+        devices: that hold it.
+        tensor: how it is split over them; None for one.
+        specs: {name: what of each weight a device holds}; empty for one.
+    """
+
+    config: Any
+    devices: list[Any]
+    tensor: mesh.Tensor | None
+    specs: dict[str, jax.sharding.PartitionSpec]
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, stacked: bool, is_int8: bool, tensor_parallel_size: int, machine: Machine
+    ) -> "Layout":
+        devices = mesh.devices_for(tensor_parallel_size, machine)
+        if tensor_parallel_size == 1:
+            return cls(checkpoint.config, devices, None, {})
+        config = mesh.fit(checkpoint.config, tensor_parallel_size)
+        tensor = mesh.Tensor.over(devices, config.vocab_size)
+        axes = logical_axes(checkpoint.model_class, config, stacked, is_int8=is_int8)
+        return cls(config, devices, tensor, tensor.weight_specs(axes))
+
+    @property
+    def whole(self) -> jax.sharding.Sharding:
+        """Everything on every device."""
+        return self.tensor.whole if self.tensor else jax.sharding.SingleDeviceSharding(self.devices[0])
+
+    def shardings(self, names) -> dict[str, Any]:
+        """{name: sharding} of weights."""
+        if self.tensor is None:
+            return dict.fromkeys(names, self.whole)
+        return self.tensor.shardings({name: self.specs[name] for name in names})
+
+    def state_shardings(self, state, num_caches: int):
+        """The sharding of each array of a StepState."""
+        if self.tensor is None:
+            return jax.tree.map(lambda _: self.whole, state)
+        return self.tensor.shardings(jax.tree.broadcast(self.tensor.state_specs(num_caches), state))
+
+    def num_bytes(self, shapes) -> int:
+        """Bytes of these weights on all devices together."""
+        copies = lambda name: self.tensor.size if self.tensor and mesh.AXIS not in self.specs[name] else 1
+        return sum(copies(name) * int(np.prod(s.shape)) * s.dtype.itemsize for name, s in shapes.items())
+
+
+def resolve_dtype(wish: str, stored: str, platform: str) -> str:
+    """ "auto" keeps bfloat16, and halves float32 to it; float16 stays only where it is fast."""
+    if wish != "auto":
+        return wish
+    return "float16" if stored == "float16" and platform == "gpu" else "bfloat16"
+
+
+def mask_words(plan: EnginePlan) -> int:
+    """32-bit words of a vocabulary mask."""
+    return -(-plan.vocab_size // 32)
+
+
+def cache_shapes(specs, plan: EnginePlan) -> list[jax.ShapeDtypeStruct]:
+    """One array a layer, or one of all layers' pages when layers are stacked."""
+    shapes = [_pages(s, plan.num_pages, plan.page_size, plan.tensor_parallel_size, plan.platform) for s in specs]
+    if plan.stacked:
+        shapes = [(len(shapes) * shapes[0][0], *shapes[0][1:])]
+    return [jax.ShapeDtypeStruct(shape, jnp.dtype(plan.kv_dtype)) for shape in shapes]
+
+
+def _pages(spec, num_pages, page_size, num_devices, platform):
+    """The shape of one layer's pages; each device pads its own part of it."""
+    pages, tokens, vectors, width = cache_shape(
+        num_pages, page_size, spec.num_kv_heads // num_devices, spec.head_dim, platform
+    )
+    return pages, tokens, num_devices * vectors, width
+
+
+def programs_for(graph, shapes: Mapping, plan: EnginePlan, caches, layout: Layout) -> dict[Any, Program]:
+    """{key: Program} of all that will ever run."""
+    as_shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
+    usual = as_shape(empty_row(plan.vocab_size, ()))  # as values they differ by the tokenizer
+    state = jax.eval_shape(functools.partial(step_state.empty_state, plan), usual, caches)
+    of_state = layout.state_shardings(state, len(caches))
+    state = _placed(state, of_state)
+    weights = _placed(dict(shapes), layout.shardings(shapes))
+    int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    tensor = layout.tensor
+    programs: dict[Any, Program] = {}
+    for bucket in buckets_for(plan):
+        step = make_step(graph, bucket, plan)
+        jitted = jax.jit(tensor.spread(step, layout.specs, len(caches)) if tensor else step, donate_argnums=1)
+        mask = jax.ShapeDtypeStruct((bucket.num_rows, mask_words(plan)), jnp.uint32)
+        packed = int32((StepLayout.of(bucket, plan).size,))
+        programs[bucket] = Program(jitted, (weights, state, packed, mask))
+    history = jax.jit(step_state.load_history, donate_argnums=0, out_shardings=of_state)
+    programs["load_history"] = Program(history, (state, int32(()), int32((plan.max_model_len,))))
+    tables = jax.jit(step_state.load_tables, donate_argnums=0, out_shardings=of_state)
+    programs["load_tables"] = Program(tables, (state, int32(()), usual))
+    untouched = cpu.blank if plan.platform == "cpu" and cpu.is_available() and not tensor else jnp.zeros
+
+    def new_state(usual):
+        return step_state.empty_state(plan, usual, [untouched(c.shape, c.dtype) for c in caches])
+
+    programs["new_state"] = Program(jax.jit(new_state, out_shardings=of_state), (usual,))
+    return programs
+
+
+def _placed(shapes, shardings):
+    """Shapes that say where their arrays are."""
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
