@@ -17,7 +17,7 @@ from typing import Any
 from runtime.errors import ConfigError
 
 SIZES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-KINDS = ("text", "int", "size", "float", "switch", "json", "list", "words")
+KINDS = ("text", "int", "size", "float", "switch", "json", "list", "words", "each")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Flag:
 
     Attributes:
         kind: text, int, size (an int that may be written 4k), float, switch, json (an object),
-            list (a JSON list), or words (one or more, up to the next option).
+            list (a JSON list), words (one or more, up to the next option), or each (a word each time it is given).
         to: "engine.max_model_len": whose field the value becomes. Such a flag works.
         unused: why it is accepted and does nothing; said once at start-up.
         refused: why it cannot be had, and what to do instead.
@@ -141,7 +141,7 @@ def _read(words: Sequence[str], table: Mapping[str, Flag], positional: str, sour
         value = _convert(flag, given, where)
         if flag.name == positional and values.get(positional, value) != value:
             raise ConfigError(f"two models are named: {values[positional]!r} and --{name} {value!r}; keep one")
-        values[flag.name] = value
+        values[flag.name] = [*values.get(flag.name, ()), *value] if flag.kind == "each" else value
     for name, key, text in dotted:
         values[name] = _lay(values.get(name) or {}, key.split("."), _loose(text))
     return values
@@ -176,7 +176,7 @@ def _convert(flag: Flag, given: list[str], where: str) -> Any:
                 return float(text)
             case "size":
                 return size(text)
-            case "words":
+            case "words" | "each":
                 return given
         value = json.loads(text)
         if not isinstance(value, dict if flag.kind == "json" else list):
@@ -247,6 +247,8 @@ def _typed(name: str, value: Any, flag: Flag | None) -> list[str]:
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list) and flag and flag.kind == "words":
         return [f"--{name}", *map(str, value)]
+    if isinstance(value, list) and flag and flag.kind == "each":
+        return [f"--{name}={item}" for item in value]
     return [f"--{name}={json.dumps(value) if isinstance(value, dict | list) else value}"]
 
 

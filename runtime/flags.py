@@ -45,7 +45,12 @@ PROCESS = (
         short=("-asc",),
     ),
     Flag("disable-frontend-multiprocessing", "switch", "HTTP and engine in one process.", unused=ONE_PROCESS),
-    Flag("middleware", "text", "import path of a middleware.", refused=NO_PLUGINS),
+    Flag(
+        "middleware",
+        "each",
+        "import path of an ASGI class, or of a coroutine function as Starlette has them; may be given again.",
+        to="server.middleware",
+    ),
     Flag(
         "h11-max-incomplete-event-size",
         "size",

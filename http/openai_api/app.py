@@ -7,7 +7,7 @@ import itertools
 from sanic import Sanic
 from sanic.exceptions import RequestCancelled
 
-from openai_api import errors
+from openai_api import errors, middleware
 from openai_api.chat_rendering import ChatRenderer
 from openai_api.config import ServerConfig
 from openai_api.gate import Gate, watch_writers
@@ -50,7 +50,7 @@ def create_app(engine, config: ServerConfig) -> Sanic:
         engine: an AsyncEngine, or anything with its face (see tests/support/fake_engine.py).
 
     Raises:
-        ConfigError: a parser or a template that is not there.
+        ConfigError: a parser, a template or a middleware that is not there.
     """
     check_parsers(config)
     app = Server(f"openai_api_{next(_numbers)}", configure_logging=False)
@@ -86,6 +86,7 @@ def create_app(engine, config: ServerConfig) -> Sanic:
         app.blueprint(blueprint)
         if root:
             app.blueprint(blueprint, url_prefix=root + (blueprint.url_prefix or ""), name_prefix="below_root")
+    context.outermost = middleware.around(app, config.middleware)
     _add_background(app, limits.stalled_writer_s)
     if shown is not None and config.log_stats_interval_s > 0:
         _add_statistics(app, shown, config.log_stats_interval_s)

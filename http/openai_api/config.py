@@ -59,6 +59,7 @@ class ServerConfig:
     enable_tokenizer_info_endpoint: bool = False
     dev_mode: bool = False
     disable_docs: bool = False
+    middleware: list[str] = dataclasses.field(default_factory=list)  # import paths; the last is the outermost
 
     chat_template: str | None = None
     chat_template_content_format: Literal["auto", "string", "openai"] = "auto"

@@ -7,12 +7,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Awaitable
-from typing import Any, cast
+from typing import Any
 
 import orjson
 from sanic import HTTPResponse, Request
 
-from openai_api import errors
+from openai_api import errors, middleware
 from runtime.errors import DeadlinePassed
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -75,9 +75,8 @@ class Stream:
             await self._response.eof()
 
     def cut(self) -> None:
-        """Drops the connection at once, unsent bytes and all; Sanic then cancels the handler."""
         self.sending_since = None
-        cast(asyncio.Transport, self._request.transport).abort()
+        middleware.hang_up(self._request)
 
 
 async def stream(request: Request, events: AsyncGenerator[bytes, None]) -> None:

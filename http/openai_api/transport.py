@@ -14,6 +14,7 @@ from sanic.http.http1 import HTTP_CONTINUE
 from sanic.models.server_types import ConnInfo
 from sanic.server import HttpProtocol
 
+from openai_api import middleware
 from openai_api.errors import Refused
 
 MAX_HEADERS = 100
@@ -153,7 +154,14 @@ class StrictProtocol(HttpProtocol):
 
 
 class Server(Sanic):
-    """Sanic, reading with StrictProtocol unless told otherwise."""
+    """Sanic, reading with StrictProtocol unless told otherwise, inside the middleware that it was given."""
+
+    async def handle_request(self, request):
+        outermost = getattr(self.ctx, "outermost", None)
+        if outermost is not None and isinstance(request.stream, Http):
+            await middleware.pass_through(outermost, request)
+        else:
+            await super().handle_request(request)
 
     def create_server(self, *args, **options):
         options.setdefault("protocol", StrictProtocol)

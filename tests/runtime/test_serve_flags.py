@@ -41,7 +41,16 @@ speculative-config kv-transfer-config kv-events-config compilation-config otlp-t
 show-hidden-metrics-for-version config
 """.split()
 TABLE = {flag.name: flag for flag in FLAGS}
-SAMPLE = {"text": "x", "int": "7", "size": "7", "float": "0.7", "json": '{"a": 1}', "list": '["a"]', "words": "a b"}
+SAMPLE = {
+    "text": "x",
+    "int": "7",
+    "size": "7",
+    "float": "0.7",
+    "json": '{"a": 1}',
+    "list": '["a"]',
+    "words": "a b",
+    "each": "x",
+}
 
 
 def read(line, **environment):
@@ -317,3 +326,10 @@ def test_contradictions_are_found_before_anything_is_loaded(line, says):
     with pytest.raises(ConfigError) as caught:
         configs(line)
     assert says in str(caught.value)
+
+
+def test_middleware_may_be_named_again_and_in_a_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("middleware: [m.A, m.B]\n")
+    assert read("--middleware m.A --middleware=m.B")["server"]["middleware"] == ["m.A", "m.B"]
+    assert read(f"--config {path}")["server"]["middleware"] == ["m.A", "m.B"]
