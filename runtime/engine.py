@@ -105,7 +105,7 @@ class Engine:
         """
         compiles = CompileCounter()
         loaded = load(config, progress)
-        return cls(loaded, EngineMetrics(loaded.plan), compiles)
+        return cls(loaded, EngineMetrics(loaded.plan, config), compiles)
 
     # ---- what is going on -------------------------------------------------------------------------------------------
 
@@ -121,6 +121,11 @@ class Engine:
     def num_recompiles(self) -> int:
         """Compilations since the engine was ready; stays 0."""
         return self._compiles.count - self._compiles_at_start
+
+    @property
+    def num_compiles(self) -> int:
+        """Compilations before the engine was ready; few where executables were kept on disk."""
+        return self._compiles_at_start
 
     def grammar_compiler(self) -> Compiler | None:
         """A compiler of structured-output constraints for this model; None when it has no tokenizer."""
@@ -186,8 +191,15 @@ class Engine:
         except Exception as error:  # the boundary: one request must not take the others with it
             return self._recover(rows, error)
         self.last_progress = time.monotonic()
-        padding = self._flight.bucket.num_tokens - plan.num_tokens if self._flight else 0
-        self.metrics.on_step(self, plan, host_s=planned - start, wall_s=self.last_progress - start, num_padding=padding)
+        bucket = self._flight.bucket if self._flight else None
+        self.metrics.on_step(
+            self,
+            plan,
+            host_s=planned - start,
+            wall_s=self.last_progress - start,
+            num_padding=bucket.num_tokens - plan.num_tokens if bucket else 0,
+            bucket=bucket,
+        )
         return gains
 
     def _dispatch(self, plan: StepPlan) -> Flight:

@@ -92,13 +92,17 @@ class EngineMetrics:
 
     Args:
         plan: the engine's settled numbers; max_model_len sets the length buckets.
+        wishes: the EngineConfig that the plan was settled from, where there was one.
 
     Attributes:
         model_name: the label of every series; the server sets it to the first served name.
+        shows_hidden: whether names are shown as well that vLLM withdrew in its version 0.11.
     """
 
-    def __init__(self, plan: Any):
+    def __init__(self, plan: Any, wishes: Any = None):
         self.model_name = ""
+        self.shows_hidden = False
+        self._wishes = wishes
         lengths = one_two_five(plan.max_model_len)
         self._plan = plan
         self._engine: Any = None
@@ -106,6 +110,9 @@ class EngineMetrics:
         self.success: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self.counters: dict[Any, int] = dict.fromkeys(COUNTERS, 0)
         self.histograms = {name: Histogram(bounds or lengths) for name, (_, bounds) in HISTOGRAMS.items()}
+        self.steps: dict[str, int] = {}  # by bucket
+        if (speculation := getattr(plan, "speculation", None)) and speculation.num_drafts:
+            self.on_drafts(0, 0, [0] * speculation.num_drafts)
 
     # ---- recording, on the engine's thread --------------------------------------------------------------------------
 
@@ -167,7 +174,9 @@ class EngineMetrics:
             seen["vllm:request_max_num_generation_tokens"].observe(siblings[1])
             seen["vllm:request_params_n"].observe(params.n)
 
-    def on_step(self, engine: Any, plan: Any, *, host_s: float, wall_s: float, num_padding: int = 0) -> None:
+    def on_step(
+        self, engine: Any, plan: Any, *, host_s: float, wall_s: float, num_padding: int = 0, bucket: Any = None
+    ) -> None:
         """One step was dispatched, and the one before it read.
 
         Args:
@@ -175,6 +184,7 @@ class EngineMetrics:
             plan: a StepPlan, perhaps empty.
             host_s: planning and dispatching; wall_s: with the wait for the step before.
             num_padding: tokens the bucket is larger than the plan.
+            bucket: the compiled size that the step ran in.
         """
         self._engine = engine
         self.counters["vllm:num_preemptions"] += len(plan.preempted)
@@ -184,6 +194,9 @@ class EngineMetrics:
         self.histograms["runtime:step_seconds"].observe(wall_s)
         self.counters["runtime:step_tokens"] += plan.num_tokens
         self.counters["runtime:step_padding_tokens"] += num_padding
+        if bucket is not None:
+            name = str(bucket)
+            self.steps[name] = self.steps.get(name, 0) + 1
         for sequence in plan.admitted:
             if not sequence.num_preemptions:
                 self.counters["vllm:prefix_cache_queries"] += len(sequence.prompt_ids)
@@ -214,8 +227,12 @@ class EngineMetrics:
         for key, value in list(self.counters.items()):
             name, extra = (key, {}) if isinstance(key, str) else (key[0], {"position": str(key[1])})
             yield _counter(name, COUNTERS.get(name, name), [(labels | extra, value)])
-        recompiles = self._engine.num_recompiles if self._engine else 0
+        engine = self._engine
+        recompiles, before = (engine.num_recompiles, engine.num_compiles) if engine else (0, 0)
         yield _counter("runtime:recompiles", "Compilations since the server was ready.", [(labels, recompiles)])
+        yield _gauge("runtime:compiles_at_start", "Compilations before the server was ready.", labels, before)
+        steps = [(labels | {"bucket": bucket}, count) for bucket, count in sorted(self.steps.items())]
+        yield _counter("runtime:steps", "Steps by the compiled size they ran in.", steps)
         reasons = [(labels | {"finished_reason": reason}, count) for reason, count in self.success.items()]
         yield _counter("vllm:request_success", "Finished requests.", reasons)
         for name, histogram in self.histograms.items():
@@ -225,15 +242,42 @@ class EngineMetrics:
         yield _histogram(old, "Old name.", labels, self.histograms["vllm:inter_token_latency_seconds"])
         for name, (text, value) in self.gauges().items():
             yield _gauge(name, text, labels, value)
-        config = {
-            "block_size": self._plan.page_size,
-            "num_gpu_blocks": self._plan.num_pages,
-            "cache_dtype": self._plan.kv_dtype,
-            "enable_prefix_caching": self._plan.enable_prefix_caching,
+        info = {name: str(value) for name, value in self._cache_config().items()} | {"engine": "0"}
+        yield _gauge("vllm:cache_config_info", "The cache.", info, 1)
+        if self.shows_hidden:
+            yield from self._hidden(labels)
+
+    def _cache_config(self) -> dict[str, Any]:
+        """Every field of vLLM's cache config; what there is none of here says so."""
+        plan, wishes = self._plan, self._wishes
+        return {
+            "block_size": plan.page_size,
+            "cache_dtype": plan.kv_dtype,
+            "calculate_kv_scales": False,
+            "cpu_kvcache_space_bytes": None,
+            "cpu_offload_gb": 0,
+            "enable_prefix_caching": plan.enable_prefix_caching,
+            "gpu_memory_utilization": wishes.gpu_memory_utilization if wishes else None,
+            "is_attention_free": False,
+            "kv_cache_memory_bytes": wishes.kv_cache_memory_bytes if wishes else None,
+            "kv_sharing_fast_prefill": False,
+            "mamba_block_size": None,
+            "mamba_cache_dtype": "auto",
+            "mamba_page_size_padded": None,
+            "mamba_ssm_cache_dtype": "auto",
+            "num_cpu_blocks": 0,
+            "num_gpu_blocks": plan.num_pages,
+            "num_gpu_blocks_override": wishes.num_gpu_blocks_override if wishes else None,
+            "prefix_caching_hash_algo": "blake2b",
+            "sliding_window": None,
+            "swap_space": 0,
         }
-        yield _gauge(
-            "vllm:cache_config_info", "The cache.", {k: str(v) for k, v in config.items()} | {"engine": "0"}, 1
-        )
+
+    def _hidden(self, labels) -> Iterable[Metric]:
+        usage = self.gauges()["vllm:kv_cache_usage_perc"][1]
+        yield _gauge("vllm:gpu_cache_usage_perc", "Old name of vllm:kv_cache_usage_perc.", labels, usage)
+        for name in ("prefix_cache_queries", "prefix_cache_hits"):
+            yield _counter(f"vllm:gpu_{name}", f"Old name of vllm:{name}.", [(labels, self.counters[f"vllm:{name}"])])
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """{name: (help, value)} of what is so now."""

@@ -5,7 +5,9 @@ import types
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.buckets import Bucket
 from runtime.choice import Gain, Gains
+from runtime.config import EngineConfig
 from runtime.metrics import EngineMetrics, Exposition, Histogram, HttpMetrics, one_two_five
 
 PLAN = types.SimpleNamespace(
@@ -192,19 +194,47 @@ def test_steps_and_gauges():
     metrics = EngineMetrics(PLAN)
     pool = types.SimpleNamespace(used_share=0.25, num_available=48, num_cached=5)
     scheduler = types.SimpleNamespace(num_running=2, num_waiting=1, pool=pool)
-    engine = types.SimpleNamespace(scheduler=scheduler, num_recompiles=0)
+    engine = types.SimpleNamespace(scheduler=scheduler, num_recompiles=0, num_compiles=7)
     new = types.SimpleNamespace(prompt_ids=[0] * 8, num_cached_tokens=4, num_preemptions=0)
     again = types.SimpleNamespace(prompt_ids=[0] * 8, num_cached_tokens=8, num_preemptions=1)
     step = types.SimpleNamespace(preempted=[again], admitted=[new, again], is_empty=False, num_tokens=12)
-    metrics.on_step(engine, step, host_s=0.001, wall_s=0.01, num_padding=4)
+    bucket = Bucket(16, 4, False)
+    metrics.on_step(engine, step, host_s=0.001, wall_s=0.01, num_padding=4, bucket=bucket)
+    metrics.on_step(engine, step, host_s=0.001, wall_s=0.01, bucket=bucket)
     got = samples(metrics)
+    assert got["runtime:steps_total", "mixed 16x4"] == 2 and got["runtime:compiles_at_start",] == 7
     assert got["vllm:num_requests_running",] == 2 and got["vllm:num_requests_waiting",] == 1
     assert got["vllm:kv_cache_usage_perc",] == 0.25 and got["runtime:pages_free",] == 48
-    assert got["vllm:prefix_cache_queries_total",] == 8 and got["vllm:prefix_cache_hits_total",] == 4
-    assert got["vllm:num_preemptions_total",] == 1 and got["runtime:step_padding_tokens_total",] == 4
-    assert got["runtime:step_host_seconds_count",] == 1
+    assert got["vllm:prefix_cache_queries_total",] == 16 and got["vllm:prefix_cache_hits_total",] == 8
+    assert got["vllm:num_preemptions_total",] == 2 and got["runtime:step_padding_tokens_total",] == 4
+    assert got["runtime:step_host_seconds_count",] == 2
     assert got["runtime:recompiles_total",] == 0
-    assert got["vllm:cache_config_info", "16", "bfloat16", "True", "64"] == 1
+
+
+def test_the_cache_is_told_field_by_field():
+    text = Exposition.of(EngineMetrics(PLAN, EngineConfig(model="", num_gpu_blocks_override=64))).text().decode()
+    (family,) = [f for f in text_string_to_metric_families(text) if f.name == "vllm:cache_config_info"]
+    (sample,) = family.samples
+    told = {"block_size": "16", "num_gpu_blocks": "64", "cache_dtype": "bfloat16", "enable_prefix_caching": "True"}
+    told |= {"gpu_memory_utilization": "0.9", "num_gpu_blocks_override": "64", "swap_space": "0", "engine": "0"}
+    assert sample.value == 1 and told.items() <= sample.labels.items() and "model_name" not in sample.labels
+
+
+def test_withdrawn_names_are_shown_when_asked_for():
+    metrics = EngineMetrics(PLAN)
+    metrics.counters["vllm:prefix_cache_hits"] = 3
+    assert "vllm:gpu_" not in Exposition.of(metrics).text().decode()
+    metrics.shows_hidden = True
+    got = samples(metrics)
+    assert got["vllm:gpu_prefix_cache_hits_total",] == 3 and got["vllm:gpu_prefix_cache_queries_total",] == 0
+    assert got["vllm:gpu_cache_usage_perc",] == 0
+
+
+def test_speculation_is_counted_from_zero_where_it_is_on():
+    plan = types.SimpleNamespace(**vars(PLAN), speculation=types.SimpleNamespace(num_drafts=2))
+    got = samples(EngineMetrics(plan))
+    assert got["vllm:spec_decode_num_drafts_total",] == 0
+    assert got["vllm:spec_decode_num_accepted_tokens_per_pos_total", "1"] == 0
 
 
 def test_speculation_shows_only_when_there_is_some():
