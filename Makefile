@@ -24,7 +24,7 @@ BENCH ?= $(filter-out plots test_%,$(basename $(notdir $(wildcard tests/bench/*.
 PARITY_VENV := .cache/parity
 PARITY := $(PARITY_VENV)/.ready
 CLIENT_VENVS := .cache/clients
-CLIENTS ?= openai2 openai3 langchain litellm instructor lm_eval aiperf
+CLIENTS ?= openai2 openai3 langchain litellm instructor lm_eval aiperf generated
 NEEDS_openai2 := 'openai>=2,<3'
 NEEDS_openai3 := 'openai>=3,<4'
 NEEDS_langchain := langchain-openai
@@ -32,6 +32,7 @@ NEEDS_litellm := litellm mcp
 NEEDS_instructor := instructor
 NEEDS_lm_eval := 'lm-eval[api]' transformers
 NEEDS_aiperf := aiperf
+NEEDS_generated := openapi-python-client ruff
 CLIENT_PYTEST := -m pytest -q -m clients -o addopts= -W ignore -p no:cacheprovider --import-mode=importlib
 # Tests mostly compile; two at a time suit two cores.
 WORKERS ?= 2

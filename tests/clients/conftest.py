@@ -19,6 +19,7 @@ from server_process import ROOT, ServerProcess
 
 FILES = {
     "test_aiperf.py": "aiperf",
+    "test_generated.py": "openapi_python_client",
     "test_instructor.py": "instructor",
     "test_langchain.py": "langchain_openai",
     "test_litellm.py": "litellm",
