@@ -14,7 +14,7 @@ OWN_CONFIG = "the model is what its config.json says; change that with --hf-over
 ONLY_TEXT = "models that generate text are served, as such; leave it at auto"
 ONE_DEVICE = "a model is not cut that way; leave it at 1, and split layers by --tensor-parallel-size"
 NO_MEDIA = "no family that takes images or audio is served"
-NO_PLUGINS = "no code is loaded from outside; put it in a proxy before the server"
+NO_PLUGINS = "no such code is loaded from outside; --middleware takes what can stand around a request"
 
 PROCESS = (
     Flag("config", "text", "YAML file of options; the command line wins.", to="start.config"),
@@ -54,10 +54,15 @@ PROCESS = (
     Flag(
         "h11-max-incomplete-event-size",
         "size",
-        "bytes of an unfinished header.",
-        unused="a header block may be 16 KiB",
+        "bytes that all headers of a request may take (16384), as --limits.max_header.",
+        to="start.h11_max_incomplete_event_size",
     ),
-    Flag("h11-max-header-count", "int", "headers of a request.", unused="a request may have 100 headers"),
+    Flag(
+        "h11-max-header-count",
+        "int",
+        "headers that a request may have (100), as --limits.max_headers.",
+        to="start.h11_max_header_count",
+    ),
 )
 
 SECURITY = (
@@ -109,7 +114,13 @@ API = (
         to="server.enable_auto_tool_choice",
     ),
     Flag("tool-call-parser", "text", "the format of the model's tool calls.", to="server.tool_call_parser"),
-    Flag("tool-parser-plugin", "text", "a file with a tool parser.", refused=NO_PLUGINS, harmless=("",)),
+    Flag(
+        "tool-parser-plugin",
+        "text",
+        "a file with a tool parser.",
+        refused="such files are written for another server; a format is a small file of runtime/chat/tools here",
+        harmless=("",),
+    ),
     Flag(
         "tool-server",
         "text",
@@ -465,7 +476,13 @@ OTHER = (
     ),
     Flag("O", "int", "level of compilation.", unused="XLA compiles every step at start", short=("-O",)),
     Flag("otlp-traces-endpoint", "text", "where traces go.", refused="traces are not sent; use /metrics and the log"),
-    Flag("show-hidden-metrics-for-version", "text", "show withdrawn metrics.", unused="no metric is hidden"),
+    Flag(
+        "show-hidden-metrics-for-version",
+        "text",
+        "show metrics under names that were withdrawn after that version.",
+        to="server.show_hidden_metrics_for_version",
+        choices=("0.10",),
+    ),
     Flag("disable-cascade-attn", "switch", "no cascade attention.", unused="there is none"),
 )
 

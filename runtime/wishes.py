@@ -23,9 +23,12 @@ ENVIRONMENT = {
     "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": ("start.keep_alive_on_engine_death", lambda text: text == "1"),
     "VLLM_LOG_STATS_INTERVAL": ("server.log_stats_interval_s", float),
     "VLLM_LOGGING_LEVEL": ("start.log_level", str),
+    "VLLM_LOGGING_CONFIG_PATH": ("start.log_config_file", str),
+    "VLLM_TORCH_PROFILER_DIR": ("server.profile_dir", str),
     "HF_TOKEN": ("fetch.token", str),
 }
 
+HEADER_LIMITS = {"h11_max_incomplete_event_size": "max_header", "h11_max_header_count": "max_headers"}
 READ_ELSEWHERE = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN"}  # where a limit is checked
 
 # Keys of --structured-outputs-config, and what may stand there.
@@ -59,6 +62,8 @@ class Start:
     log_error_stack: bool = False
     show_progress: bool = True
     keep_alive_on_engine_death: bool = False
+    h11_max_incomplete_event_size: int | None = None
+    h11_max_header_count: int | None = None
     guided_decoding_backend: str | None = None
     guided_decoding_disable_fallback: bool | None = None
     guided_decoding_disable_any_whitespace: bool | None = None
@@ -117,6 +122,9 @@ def read(
     if old := {name.removeprefix(prefix): value for name, value in start.items() if name.startswith(prefix)}:
         server["structured_outputs_config"] = old | server.get("structured_outputs_config", {})
     _check_structured(server.get("structured_outputs_config", {}))
+    older = {limit: start[name] for name, limit in HEADER_LIMITS.items() if name in start}
+    if older:
+        server["limits"] = older | server.get("limits", {})
     known = ENVIRONMENT.keys() | READ_ELSEWHERE
     unread = sorted(name for name in environment.keys() - known if name.startswith("VLLM_"))
     return sections, (*parsed.notes, *(f"{name} is set and changes nothing here" for name in unread))

@@ -21,6 +21,7 @@ from openai_api.routes import (
     invocations,
     metrics,
     models,
+    profile,
     tokenize,
     unsupported,
 )
@@ -28,6 +29,7 @@ from openai_api.served import ServedModels
 from openai_api.transport import Server
 from runtime import statistics
 from runtime.metrics import Exposition, HttpMetrics
+from runtime.profiler import Profiler
 
 BLUEPRINTS = (
     completions.blueprint,
@@ -75,6 +77,7 @@ def create_app(engine, config: ServerConfig) -> Sanic:
     engine_metrics = engine.metrics
     if engine_metrics is not None:
         engine_metrics.model_name = context.models.names[0]
+        engine_metrics.shows_hidden = config.show_hidden_metrics_for_version is not None
     shown = None if config.disable_log_stats else engine_metrics
     context.exposition = Exposition.of(*filter(None, (shown, http_metrics)))
     context.gate.attach(app)
@@ -86,6 +89,7 @@ def create_app(engine, config: ServerConfig) -> Sanic:
         app.blueprint(blueprint)
         if root:
             app.blueprint(blueprint, url_prefix=root + (blueprint.url_prefix or ""), name_prefix="below_root")
+    context.profiler = Profiler(config.profile_dir) if config.profile_dir else None
     context.outermost = middleware.around(app, config.middleware)
     _add_background(app, limits.stalled_writer_s)
     if shown is not None and config.log_stats_interval_s > 0:
@@ -99,6 +103,8 @@ def _asked_for(config):
         yield tokenize.info
     if config.dev_mode:
         yield developer.blueprint
+    if config.profile_dir:
+        yield profile.blueprint
     if not config.disable_docs:
         yield docs.blueprint
 

@@ -76,7 +76,7 @@ class ChatRenderer:
             raise RequestRefused(
                 "mm_processor_kwargs is for models that take media; leave it out", "mm_processor_kwargs"
             )
-        kwargs = body.chat_template_kwargs or {}
+        kwargs = body.template_kwargs
         own = body.chat_template if body.chat_template is not None else kwargs.get("chat_template")
         if own is not None and not self._config.trust_request_chat_template:
             raise RequestRefused(NOT_TRUSTED, "chat_template")

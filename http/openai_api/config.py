@@ -17,7 +17,9 @@ class Limits:
     max_json_keys: int = 100_000
     max_json_depth: int = 64
     max_connections: int = 2048
-    max_header: int = 16 << 10
+    max_header: int = 16 << 10  # of a request, all lines together
+    max_headers: int = 100  # lines
+    header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0  # and a second more for each MiB
     max_n: int = 128
     max_prompts: int = 256
@@ -58,6 +60,7 @@ class ServerConfig:
     enable_server_load_tracking: bool = False
     enable_tokenizer_info_endpoint: bool = False
     dev_mode: bool = False
+    profile_dir: str | None = None  # where /start_profile writes; None has no such route
     disable_docs: bool = False
     middleware: list[str] = dataclasses.field(default_factory=list)  # import paths; the last is the outermost
 
@@ -80,6 +83,7 @@ class ServerConfig:
     enable_log_outputs: bool = False
     max_log_len: int | None = None
     disable_log_stats: bool = False
+    show_hidden_metrics_for_version: str | None = None
     log_stats_interval_s: float = 10.0  # between lines of statistics in the log; 0 for none
     disable_access_log: bool = False
 

@@ -77,7 +77,7 @@ async def completion_prompt(engine, item: str | list[int], body, adapter: str | 
         token_ids = [i for i in item if isinstance(i, int)]  # all are
     if keep is not None:
         token_ids = token_ids[-keep:] if keep > 0 else []
-    if len(token_ids) > limit:
+    if len(token_ids) > limit or (len(token_ids) == engine.max_model_len and not body.hides_text):
         raise too_long(limit, len(token_ids))
     check_ids(token_ids, engine.vocab_size)
     return Prompt(token_ids, text, cache_salt=body.cache_salt, adapter=adapter)

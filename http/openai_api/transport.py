@@ -9,21 +9,25 @@ import math
 import re
 
 from sanic import Sanic
+from sanic.application.state import ApplicationServerInfo
 from sanic.http import Http
+from sanic.http.constants import HTTP
 from sanic.http.http1 import HTTP_CONTINUE
+from sanic.log import error_logger
 from sanic.models.server_types import ConnInfo
 from sanic.server import HttpProtocol
 
 from openai_api import middleware
 from openai_api.errors import Refused
 
-MAX_HEADERS = 100
 MAX_TARGET = 8192
-HEADER_S = 10.0
 LINGER_S = 2.0  # how long, and how much, of an unwanted body is swallowed so that the client gets to read the answer
 LINGER_BYTES = 64 << 20
 QUIET_S = 0.1  # of silence after a body that could not be read
 UNREADABLE = "unreadable"
+
+# A body that no handler wanted is nobody's error: StrictHttp swallows it.
+error_logger.addFilter(lambda record: "body not consumed" not in record.getMessage())
 
 UNPRINTABLE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
 REQUEST_LINE = re.compile(rb"[A-Z]{1,20} [\x21-\x7e]+ HTTP/1\.([01])")
@@ -34,7 +38,7 @@ MAX_CHUNK_LINE = 64
 LENGTH = re.compile(rb"[0-9]{1,18}")
 
 
-def check_head(head: bytes) -> None:
+def check_head(head: bytes, max_headers: int) -> None:
     """Refuses a request line or headers that are not plainly right.
 
     Raises:
@@ -48,8 +52,8 @@ def check_head(head: bytes) -> None:
         raise Refused("the request line is not that of HTTP/1.1", status_code=400)
     if len(request_line) > MAX_TARGET:
         raise Refused(f"the URL is longer than {MAX_TARGET} bytes", status_code=414)
-    if len(lines) > MAX_HEADERS:
-        raise Refused(f"there are more than {MAX_HEADERS} headers", status_code=431)
+    if len(lines) > max_headers:
+        raise Refused(f"there are more than {max_headers} headers", status_code=431)
     found: dict[bytes, list[bytes]] = {b"host": [], b"content-length": [], b"transfer-encoding": []}
     for line in lines:
         header = HEADER.fullmatch(line)
@@ -72,15 +76,16 @@ class StrictHttp(Http):
     request_body: str | bool | None
 
     async def http1_request_header(self):
-        limit = self.protocol.app.config.REQUEST_MAX_HEADER_SIZE
+        limits = self.protocol.app.ctx.config.limits
+        limit = limits.max_header
         try:
-            async with asyncio.timeout(HEADER_S):
+            async with asyncio.timeout(limits.header_timeout_s):
                 end = await self._end_of_head(limit)
         except TimeoutError:
             raise Refused("the header took too long to arrive", status_code=408) from None
         if end < 0:
             raise Refused(f"the header is larger than {limit:,} bytes", status_code=431)
-        check_head(bytes(self.recv_buffer[:end]))
+        check_head(bytes(self.recv_buffer[:end]), limits.max_headers)
         await super().http1_request_header()
 
     async def __aiter__(self):
@@ -165,4 +170,6 @@ class Server(Sanic):
 
     def create_server(self, *args, **options):
         options.setdefault("protocol", StrictProtocol)
+        # Sanic puts an empty Alt-Svc header into every answer of a server that it was not told of.
+        self.state.server_info = [ApplicationServerInfo(settings={"version": HTTP.VERSION_1})]
         return super().create_server(*args, **options)

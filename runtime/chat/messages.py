@@ -67,9 +67,11 @@ def _message(message, position, content_format, placeholder, media):
     where = f"messages.{position}"
     content = message.get("content")
     parts = [content] if isinstance(content, str) else content or []
-    pieces = [piece for i, part in enumerate(parts) if (piece := _part(part, f"{where}.content.{i}")) is not None]
-    found = [piece for piece in pieces if isinstance(piece, Media)]
-    marks = [_mark(item, placeholder, media) for item in found]
+    pieces, marks = [], []
+    for i, part in enumerate(parts):
+        piece = _part(part, place := f"{where}.content.{i}")
+        pieces += [] if piece is None else [piece]
+        marks += [_mark(piece, placeholder, media, place)] if isinstance(piece, Media) else []
     if content_format == "openai":
         kept = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p.kind} for p in pieces]
         result = {"role": message["role"], "content": kept}
@@ -86,13 +88,14 @@ def _message(message, position, content_format, placeholder, media):
     return result
 
 
-def _mark(item, placeholder, media):
+def _mark(item, placeholder, media, where):
     """What stands for a medium in the text; notes the medium."""
     mark = placeholder(item.kind, sum(other.kind == item.kind for other in media)) if placeholder else None
     if placeholder is None:
-        raise RequestRefused("this model is not a multimodal model; send text alone", "messages")
+        message = f"{where} is an {item.kind}, and this model is not a multimodal model; send text alone"
+        raise RequestRefused(message.replace("an video", "a video"), where)
     if mark is None:
-        raise RequestRefused(f"this model takes no {item.kind}; leave it out", "messages")
+        raise RequestRefused(f"{where}: this model takes no {item.kind}; leave it out", where)
     media.append(item)
     return mark
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ def test_the_banner_tells_the_plan(server):
     banner = server.log.read_text().split("is ready at")[1]
     for words in ("max_model_len", "num_pages", "weights", "seconds: "):
         assert words in banner
+
+
+def test_answers_carry_no_header_without_a_meaning(server):
+    with urllib.request.urlopen(f"{server.url}/v1/models", timeout=10) as answer:
+        assert answer.headers["content-type"] == "application/json" and "" not in answer.headers.values()
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="runs the printed command")

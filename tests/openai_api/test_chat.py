@@ -226,3 +226,11 @@ def test_a_message_cannot_open_a_turn_of_its_own(server, role):
     assert tokenizer.decode(prompt.token_ids, False) == prompt.text
     asked = server.post("/tokenize", {"messages": [{"role": role, "content": content}]}).json()
     assert asked["tokens"] == prompt.token_ids
+
+
+def test_the_effort_of_reasoning_reaches_templates_that_name_it(serve):
+    server = serve(chat_template="{{ reasoning_effort | default('any') }}")
+    ask(server, reasoning_effort="low")
+    ask(server, reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "own"})
+    ask(server)
+    assert [seen[0].text for seen in server.engine.seen] == ["low", "own", "any"]

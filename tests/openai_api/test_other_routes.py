@@ -11,6 +11,7 @@ DEVELOPER = [
     ("POST", "/sleep"),
     ("POST", "/wake_up"),
     ("GET", "/is_sleeping"),
+    ("POST", "/collective_rpc"),
 ]
 
 
@@ -40,7 +41,7 @@ def test_an_invocation_is_refused_by_the_form_it_has(server, body, says, param):
 
 @pytest.mark.parametrize("path", TASKS)
 def test_a_task_the_model_does_not_have_is_refused(server, path):
-    response = server.post(path, {"input": "a"})
+    response = server.post(path.replace("<response_id:str>", "resp_1"), {"input": "a"})
     error = response.json()["error"]
     assert response.status_code == error["code"] == 400 and error["type"] == "BadRequestError"
     assert f"The model does not support {TASKS[path]} API" in error["message"] and server.engine.seen == []
@@ -50,6 +51,14 @@ def test_a_task_the_model_does_not_have_is_refused(server, path):
 def test_developers_routes_are_there_only_when_asked_for(serve, method, path):
     assert serve().client.request(method, path).status_code == 404
     assert serve(config={"dev_mode": True}).client.request(method, path).status_code in (200, 400)
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"a" * 100_000])
+def test_a_body_that_nobody_wants_is_read_and_left(server, caplog, body):
+    for _ in range(2):
+        assert server.client.post("/ping", content=body).status_code == 200
+    assert server.client.request("GET", "/v1/models", content=body).status_code == 200
+    assert "not consumed" not in caplog.text
 
 
 def test_what_developers_see(serve):
@@ -64,3 +73,24 @@ def test_what_developers_see(serve):
     assert server.client.get("/is_sleeping").json() == {"is_sleeping": False}
     error = server.client.post("/sleep?level=1").json()["error"]
     assert error["code"] == 400 and "does not sleep" in error["message"]
+
+
+def test_engines_are_not_added_while_it_runs(server):
+    assert server.client.post("/is_scaling_elastic_ep").json() == {"is_scaling_elastic_ep": False}
+    refused = server.post("/scale_elastic_ep", {"new_data_parallel_size": 2})
+    assert refused.status_code == 400 and "start more servers" in refused.json()["error"]["message"]
+    lost = server.client.get("/v1/responses/resp_1")
+    assert lost.status_code == 400 and "Responses API" in lost.json()["error"]["message"]
+
+
+def test_a_trace_is_begun_and_ended_by_hand(serve, tmp_path):
+    assert serve().client.post("/start_profile").status_code == 404
+    server = serve(config={"profile_dir": str(tmp_path)})
+
+    def status(path):
+        return server.client.post(path, timeout=60).status_code
+
+    assert status("/stop_profile") == 400
+    assert status("/start_profile") == 200 and status("/start_profile") == 400
+    assert status("/stop_profile") == 200 and status("/stop_profile") == 400
+    assert list(tmp_path.rglob("*.xplane.pb"))

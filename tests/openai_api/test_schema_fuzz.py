@@ -63,6 +63,7 @@ ROUTES = [
     "POST /v1/completions", "POST /v1/chat/completions", "POST /invocations", "POST /tokenize", "POST /detokenize",
     "POST /v1/embeddings", "POST /v1/responses", "GET /v1/models", "GET /health", "POST /ping", "GET /load",
     "GET /tokenizer_info", "GET /server_info", "POST /reset_prefix_cache", "POST /sleep", "GET /is_sleeping",
+    "GET /v1/responses/{response_id}", "POST /is_scaling_elastic_ep",
 ]  # fmt: skip
 
 

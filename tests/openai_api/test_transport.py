@@ -117,8 +117,15 @@ def test_a_long_url_is_414(server):
     assert answers(server, b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n" + HOST + b"\r\n") == [414]
 
 
-def test_a_header_that_drips_is_408_however_often_it_drips(server, monkeypatch):
-    monkeypatch.setattr(transport, "HEADER_S", 0.3)
+def test_headers_have_the_limits_that_were_set(serve):
+    server = serve(config={"limits": Limits(max_headers=5, max_header=300)})
+    few, long = b"".join(b"X-%d: a\r\n" % i for i in range(9)), b"X-A: " + b"a" * 400 + b"\r\n"
+    for headers, status in ((few, 431), (long, 431), (b"X-A: a\r\n", 200)):
+        assert answers(server, GET + b"Connection: close\r\n" + headers + b"\r\n") == [status]
+
+
+def test_a_header_that_drips_is_408_however_often_it_drips(serve):
+    server = serve(config={"limits": Limits(header_timeout_s=0.3)})
     with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
         began, sent = time.monotonic(), 0
         try:

@@ -333,3 +333,9 @@ def test_middleware_may_be_named_again_and_in_a_file(tmp_path):
     path.write_text("middleware: [m.A, m.B]\n")
     assert read("--middleware m.A --middleware=m.B")["server"]["middleware"] == ["m.A", "m.B"]
     assert read(f"--config {path}")["server"]["middleware"] == ["m.A", "m.B"]
+
+
+def test_header_limits_have_the_names_of_another_server():
+    words = "--h11-max-header-count 20 --h11-max-incomplete-event-size 32K"
+    assert read(words)["server"]["limits"] == {"max_headers": 20, "max_header": 32768}
+    assert read(words + " --limits.max_headers 30")["server"]["limits"]["max_headers"] == 30

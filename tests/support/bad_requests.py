@@ -11,7 +11,7 @@ TOKENIZE, DETOKENIZE, INVOCATIONS = "/tokenize", "/detokenize", "/invocations"
 VALIDATION, HANDLER, MISSING = "Bad Request", "BadRequestError", "NotFoundError"
 USER = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-TOOL_CALL = "messages.0.tool_calls.0"
+TOOL_CALL, PART = "messages.0.tool_calls.0", "messages.0.content.0"
 NAMED = {"type": "function", "function": {"name": "f"}}
 GOOD = {
     COMPLETIONS: {"prompt": "Hi"},
@@ -152,6 +152,12 @@ OF_COMPLETIONS = [
     ({"prompt": [2**40]}, HANDLER, "out of vocabulary", "prompt"),
     ({"prompt": ["a"] * 257}, HANDLER, "may hold 256 prompts, got 257", "prompt"),
     ({"prompt": ["a"] * 200, "n": 10}, HANDLER, "prompts times n may be 1,024", "n"),
+    (
+        {"prompt": [3] * 512, "max_tokens": None},
+        HANDLER,
+        "length is 512 tokens. However, your request has 512",
+        "prompt",
+    ),
     ({"prompt": [3] * 497}, HANDLER, "length is 496 tokens. However, your request has 497 input tokens.", "prompt"),
     ({"prompt": ["a", [3] * 497][1:]}, HANDLER, "your request has 497 input tokens", "prompt"),
     ({"max_tokens": 512}, HANDLER, "leaves no room for a prompt: this model holds 512 tokens", "max_tokens"),
@@ -175,7 +181,9 @@ OF_CHAT = [
     ({"messages": USER * 4097}, HANDLER, "messages may hold 4,096, got 4,097", "messages"),
     (said({"type": "x"}), HANDLER, "Unknown part type: x", "messages.0.content.0"),
     (said({"type": "text", "text": 3}), HANDLER, "text must be a string", "messages.0.content.0"),
-    (said({"image_url": "a"}), HANDLER, "this model is not a multimodal model", "messages"),
+    (said({"image_url": "a"}), HANDLER, "is an image, and this model is not a multimodal", "messages.0.content.0"),
+    (said("a", {"type": "video_url", "video_url": "a"}), HANDLER, "content.1 is a video", "messages.0.content.1"),
+    (said({"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}), HANDLER, "is an audio", PART),
     (said({"type": "image_url", "image_url": 3}), HANDLER, "must be a URL", "messages.0.content.0"),
     (said({"type": "input_audio", "input_audio": {}}), HANDLER, "data and format", "messages.0.content.0"),
     (said({"type": "image_embeds", "image_embeds": "a"}), HANDLER, "unpickles nothing", "messages.0.content.0"),

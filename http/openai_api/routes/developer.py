@@ -1,4 +1,4 @@
-"""What VLLM_SERVER_DEV_MODE=1 adds: /server_info, /reset_prefix_cache and the /sleep family"""
+"""What VLLM_SERVER_DEV_MODE=1 adds: /server_info, /reset_prefix_cache, the /sleep family and /collective_rpc"""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ from runtime.errors import RequestRefused
 
 blueprint = Blueprint("developer")
 STAYS_AWAKE = "weights stay loaded: this server does not sleep; stop it instead, a warm start takes seconds"
+NO_WORKERS = "there are no workers to call: one process holds the server and the engine"
 FORM = {"config_format": {"enum": ["text", "json"], "default": "text"}}
 
 
@@ -44,10 +45,18 @@ async def is_sleeping(request: Request) -> HTTPResponse:
     return whole_json({"is_sleeping": False})
 
 
-async def _refuse(request: Request):
-    raise RequestRefused(STAYS_AWAKE)
+def _refusing(summary: str, why: str):
+    @operation(f"Refused: {summary}", refusals=(400, 401), is_refused=True)
+    @counted
+    async def refuse(request: Request):
+        raise RequestRefused(why)
+
+    return refuse
 
 
-for name in ("sleep", "wake_up"):
-    refusing = operation("Refused: this server does not sleep", refusals=(400, 401), is_refused=True)(counted(_refuse))
-    blueprint.add_route(refusing, f"/{name}", methods=["POST"], name=name, stream=True)
+for name, summary, why in (
+    ("sleep", "this server does not sleep", STAYS_AWAKE),
+    ("wake_up", "this server does not sleep", STAYS_AWAKE),
+    ("collective_rpc", "there are no workers", NO_WORKERS),
+):
+    blueprint.add_route(_refusing(summary, why), f"/{name}", methods=["POST"], name=name, stream=True)

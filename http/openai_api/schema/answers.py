@@ -277,6 +277,10 @@ class IsSleeping(Answer):
     is_sleeping: bool
 
 
+class IsScaling(Answer):
+    is_scaling_elastic_ep: bool
+
+
 class Document(pydantic.BaseModel):
     """An OpenAPI document."""
 

@@ -80,6 +80,11 @@ class ChatFields(Body):
             {"type": tool.type, "function": tool.function.model_dump(exclude_unset=True)} for tool in self.tools or ()
         ]
 
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables for the template, beyond the standard ones."""
+        return self.chat_template_kwargs or {}
+
     def message_dicts(self) -> list[dict]:
         return [message.model_dump(exclude_unset=True) for message in self.messages]
 
@@ -148,6 +153,11 @@ class ChatRequest(SamplingFields, ChatFields):
         elif not self.tools:
             self.tool_choice = "none"
         return self
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        effort = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
+        return effort | super().template_kwargs
 
     def _check_named(self, choice):
         function = choice.get("function")

@@ -45,7 +45,7 @@ MEANING = {
     "model": "A served name; none is the base model.",
     "n": "How many answers; more than 1 needs a temperature above 0.",
     "name": "A plain name.",
-    "parallel_tool_calls": "Accepted and ignored.",
+    "parallel_tool_calls": "False holds a required choice to one call.",
     "parameters": "A JSON schema of the arguments.",
     "presence_penalty": "Lowers tokens that were generated already.",
     "priority": "Lower runs earlier, where the server schedules by priority.",
