@@ -84,12 +84,16 @@ class Stack(nnx.Module):
         windows = _varying(self.windows, lambda window: NO_WINDOW if window is None else window)
         ropes = _varying(self.ropes, int)
 
+        # A layer is cut out of the stack and multiplied in one go only where nothing has to be reshaped in between.
+        flat = jax.tree.map(lambda w: w.reshape(L, -1, w.shape[-1]) if w.ndim > 3 else w, weights)
+
         def one(carry, layer):
-            block = nnx.merge(graphdef, layer["weights"])
+            own = jax.tree.map(lambda cut, w: cut.reshape(w.shape[1:]), layer["weights"], weights)
+            block = nnx.merge(graphdef, own)
             window, rope = layer.get("window", self.windows[0]), layer.get("rope", self.ropes[0])
             return block(*carry, step, Layer(layer["offset"], window, rope)), None
 
-        layers = {"weights": weights, "offset": offsets_L}
+        layers = {"weights": flat, "offset": offsets_L}
         if windows is not None:
             layers["window"] = windows
         if ropes is not None:
