@@ -1,0 +1,88 @@
+"""The engine's whole steps compile for TPUs and for a GPU, with the attention kernel in them, and copy nothing large.
+
+A step reads each weight once and keeps its pages where they are: pages are donated and come back aliased, and neither
+a layer's pages nor one of its matrices is brought to another place in memory first.
+"""
+
+import absent_gpu
+import absent_tpu
+import jax
+import jax.numpy as jnp
+import pytest
+import whole_step
+
+MISSING = {"tpu": absent_tpu.prepare(), "gpu": absent_gpu.prepare()}
+CHIPS = ("v5e-1", "v6e-1", "h100-1")
+SMALL = dict(max_num_seqs=8, max_num_batched_tokens=64, num_gpu_blocks_override=256, max_model_len=512)
+LARGE = dict(max_num_seqs=32, max_num_batched_tokens=512)
+MIB = 2**20
+
+
+def on(target, *values):
+    """A case that runs where the target's compiler is."""
+    platform = "gpu" if target.startswith("h100") else "tpu"
+    marks = [getattr(pytest.mark, platform), pytest.mark.skipif(bool(MISSING[platform]), reason=str(MISSING[platform]))]
+    return pytest.param(target, *values, marks=marks, id="-".join([target, *(v for v in values if isinstance(v, str))]))
+
+
+def assert_lean(step, num_kernels):
+    assert step.num_kernels == num_kernels
+    assert step.aliased_bytes >= step.page_bytes
+    assert step.large_copies == []
+
+
+@pytest.mark.parametrize(
+    "target, family",
+    [on(target, name) for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3") for target in CHIPS],
+)
+def test_steps_of_every_family(target, family):
+    """A window of decode steps, which is also the one decode step, and a step with prompts."""
+    hf = whole_step.family(family)
+    layers = hf["num_hidden_layers"]
+    steps = whole_step.compile_steps(hf, target, **SMALL)
+    assert sorted(step.bucket.is_decode for step in steps) == [False, True]
+    for step in steps:
+        # A TPU has one kernel, in the one layer that is scanned. A GPU needs a second where rows are of any length.
+        assert_lean(step, 1 if target != "h100-1" else layers if step.bucket.is_decode else 2 * layers)
+        assert step.temp_bytes < 8 * MIB <= step.page_bytes // layers
+
+
+@pytest.mark.parametrize(
+    "target, bucket, wishes",
+    [
+        on("v6e-1", "decode 8x8", {}),
+        on("v6e-1", "mixed 512x32", {}),
+        on("v5e-1", "decode 32x32", {"quantization": "int8", "max_model_len": 4096}),
+        on("v5e-4", "decode 32x32", {"tensor_parallel_size": 4}),
+        on("h100-1", "decode 8x8", {}),
+    ],
+)
+def test_steps_of_llama_3_8b(target, bucket, wishes):
+    """All 32 layers and as many pages as the chip has room for; bfloat16 weights are 15 GiB, too much for one v5e.
+
+    A step's temporaries are the sampler's: some float32[rows, vocabulary]. On one v6e or H100 32 rows have 70 MiB.
+    """
+    (step,) = whole_step.compile_steps(whole_step.LLAMA_3_8B, target, only=bucket, **LARGE, **wishes)
+    print(
+        f"\n{target} {bucket} {wishes}: compiled in {step.seconds:.0f} s, pages {step.page_bytes / MIB:,.0f} MiB, "
+        f"temporaries {step.temp_bytes / MIB:.1f} MiB"
+    )
+    assert_lean(step, 32 if target == "h100-1" else 1)
+    if step.bucket.is_decode:
+        assert step.temp_bytes < 64 * MIB
+
+
+@pytest.mark.parametrize("target", [on("v5e-1"), on("h100-1")])
+def test_a_copy_is_noticed(target):
+    """What the tests above look for is there when a program does copy an array."""
+    x = jax.ShapeDtypeStruct((2048, 4096), jnp.float32)
+    is_gpu = target == "h100-1"
+
+    def sizes(function):
+        compiled = (
+            absent_gpu.compile_for_h100(function, [x]) if is_gpu else absent_tpu.compile_for("v5e", function, [x])
+        )
+        return [size for size, _ in whole_step.copies(compiled[0].as_text())]
+
+    assert sizes(lambda x: x.T) == [2048 * 4096 * 4]
+    assert sizes(lambda x: x + 1) == []

@@ -1,0 +1,136 @@
+"""The engine's own steps of a model that exists as shapes only, compiled for a chip that is not here.
+
+`compile_steps` compiles what loading would; what a program does to memory is read off its own account and its HLO.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+import types
+
+import numpy as np
+import tiny
+
+from converters.families import family_of
+from converters.fields import Fields
+from runtime import executables, machine, preparation
+from runtime.buckets import Bucket
+from runtime.config import EngineConfig
+
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
+ITEM_BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "s64": 8, "u64": 8}
+MOVES = {"copy", "copy-start", "transpose", "slice", "dynamic-slice", "gather", "concatenate", "pad"}
+PASSIVE = {"parameter", "constant", "bitcast", "reshape", "get-tuple-element", "tuple", "convert"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One compiled step. Bytes are of one device.
+
+    Attributes:
+        page_bytes: all pages.
+        layer_bytes: one layer's pages or its smallest matrix, whichever is less.
+        text: the optimised HLO.
+    """
+
+    bucket: Bucket
+    seconds: float
+    page_bytes: int
+    layer_bytes: int
+    aliased_bytes: int
+    temp_bytes: int
+    text: str
+
+    @property
+    def large_copies(self) -> list[str]:
+        """Copies within the device's memory as large as a layer's pages or one of its matrices."""
+        return [line for size, line in copies(self.text) if size >= self.layer_bytes]
+
+    @property
+    def num_kernels(self) -> int:
+        """Calls of the attention kernel in the program; one in layers that are scanned counts once."""
+        return len(re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu_v2)"', self.text))
+
+
+def compile_steps(hf, target, only=None, **wishes) -> list[Step]:
+    """Compiles the steps of a config.json for a target of runtime.machine.absent; `only` names one bucket."""
+    fields, absent = Fields(hf), machine.absent(target)
+    family = family_of(fields)
+    checkpoint = types.SimpleNamespace(model_class=family.model_class, config=family.config(fields), dtype="bfloat16")
+    prepared = preparation.prepare(EngineConfig(model="", **wishes), checkpoint, absent)
+    devices, layers = len(prepared.layout.devices), checkpoint.config.num_layers
+    page_bytes = sum(map(_bytes, prepared.caches)) // devices
+    is_stacked = lambda name: prepared.plan.stacked and name.startswith("layers.")
+    matrices = [
+        _bytes(shape) // (layers if is_stacked(name) else 1) // devices
+        for name, shape in prepared.shapes.items()
+        if name.endswith(".kernel")
+    ]
+    compiled = functools.partial(_compile, prepared, page_bytes, min(page_bytes // layers, *matrices))
+    return [compiled(key) for key in prepared.programs if isinstance(key, Bucket) and only in (None, str(key))]
+
+
+def _compile(prepared, page_bytes, layer_bytes, bucket):
+    program, absent = prepared.programs[bucket], prepared.machine
+    start = time.perf_counter()
+    with absent.tracing(prepared.layout.devices):
+        lowered = program.jitted.lower(*program.args)
+    options = {**(executables.compiler_options(absent.platform) or {}), **absent.options}
+    executable = lowered.compile(options or None)
+    seconds, memory = time.perf_counter() - start, executable.memory_analysis()
+    sizes = (page_bytes, layer_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
+    return Step(bucket, seconds, *sizes, executable.as_text())
+
+
+def _bytes(shape) -> int:
+    return int(np.prod(shape.shape)) * shape.dtype.itemsize
+
+
+def copies(text) -> list[tuple[int, str]]:
+    """(bytes, the line) of each instruction that does nothing but bring an array to another place in HBM.
+
+    What goes to a TPU's vector memory (`S(1)`) is a fetch, which no program can do without. Instructions inside of a
+    fusion have no place of their own; a fusion of nothing but moves is one.
+    """
+    computations, name = {}, ""
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
+            name = head.group(1)
+        match = re.match(r"\s*(?:ROOT )?%?\S+ = \(?(\w+)\[([\d,]*)\](\{[^}]*\})?.*? ([\w-]+)\(", line)
+        if match:
+            computations.setdefault(name, []).append((*match.groups(), line.strip()))
+    fused = {called for *_, line in sum(computations.values(), []) for called in _calls(line)}
+    found = []
+    for name, instructions in computations.items():
+        for dtype, sizes, layout, opcode, line in instructions if name not in fused else ():
+            opcodes = {opcode}
+            if opcode == "fusion":
+                opcodes = {inner[3] for called in _calls(line) for inner in computations.get(called, ())}
+            if opcodes & MOVES and opcodes <= MOVES | PASSIVE and "S(1)" not in (layout or ""):
+                size = math.prod(int(n) for n in sizes.split(",") if n) * ITEM_BYTES.get(dtype, 1)
+                found.append((size, line))
+    return found
+
+
+def _calls(line):
+    return re.findall(r"calls=%?([\w.-]+)", line) if " fusion(" in line else []
+
+
+def family(name, **changes):
+    """config.json of a small model of a family, with matrices of whole tiles."""
+    sizes = dict(hidden_size=512, intermediate_size=1024, head_dim=128, vocab_size=2048)
+    return tiny.FAMILIES[name] | sizes | changes
+
+
+LLAMA_3_8B = tiny.FAMILIES["llama"] | dict(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+)
