@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import cpu
 from pallas_kernels.platform import current_platform
 
-MATRIX_UNIT_ROWS = 32  # a guess: no machine with such units was at hand to measure
+MATRIX_UNIT_ROWS = 32  # a guess: no machine with AMX was at hand to measure
 
 ACTIVATIONS = {
     None: lambda x: x,

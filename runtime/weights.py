@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from converters.checkpoint import Checkpoint
 from converters.load import load_weights
 from models.interface import abstract
-from runtime import kept_weights, mesh
+from runtime import huge_pages, kept_weights, mesh
 from runtime.config import EnginePlan
 from runtime.quantise import to_int8
 
@@ -56,7 +56,7 @@ def on_devices(
             kept_weights.keep(folder, found)
     for name in repeated:
         found[name] = mesh.repeat_kv_heads(found[name], shapes[name].shape, wheres[name])
-    return found
+    return huge_pages.gather(found) if plan.platform == "cpu" and tensor is None else found
 
 
 def stored_shapes(checkpoint: Checkpoint, config: Any, plan: EnginePlan, shapes: Mapping) -> Mapping:

@@ -1,14 +1,16 @@
 """The CPU kernel behind `pallas_kernels.linear`: normalise, multiply, add or gate, in one pass over the weights.
 
-Work is cut into chunks of BLOCK_BYTES of weights by up to `block_rows` tokens. A thread widens a block of tokens
-to float32 once (normalising it on the way), streams the chunk's weights past it in register tiles, and finishes
-the chunk's outputs while they are in its cache. Only real tokens are touched.
+Work is cut into chunks of BLOCK_BYTES of weights by up to `block_rows` tokens. A thread prepares a block of tokens
+once (normalised, and as float32, or in the bits that the CPU multiplies with), streams the chunk's weights past it in
+register tiles, and finishes the chunk's outputs while they are in its cache. Only real tokens are touched.
 
 An output's bits depend on its own token, its own weights and the number of inputs, and on nothing else.
 
 Dimension key
     T  tokens     I  inputs     O  outputs
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from pallas_kernels.cpu.ffi import BF16, S8
 
 TARGET, CHUNK = "jax_serving_cpu_linear_2", "jax_serving_cpu_linear_chunk_2"
 BLOCK_BYTES = 65536  # of weights a chunk: what the second-level cache holds beside the tokens
+STREAM_BYTES = 262144  # the same for tokens that fit one tile: weights then pass by once
 PANEL_BYTES = 196608  # of widened tokens a block
 DEPTH = 2048  # inputs summed in one run of a register tile; part of what an output's bits depend on
 WIDE_TILE_INPUTS = 1024  # six rows of more inputs overflow the first-level cache
@@ -58,24 +61,50 @@ def _panel(wide, outs, single):
     return panel
 
 
-# Tokens and weights a tile: as many sums as the registers hold, while loads stay fewer than multiplications.
-_bf16_6, _bf16_4, _bf16_3, _bf16_2, _bf16_1 = (
-    _panel(tiles.dot_tile(m, o, True), o, tiles.dot_tile(m, 1, True))
-    for m, o in [(6, 2), (4, 3), (3, 3), (2, 4), (1, 4)]
-)
-_f32_6, _f32_4, _f32_3, _f32_2, _f32_1 = (
-    _panel(tiles.dot_tile(m, o, False), o, tiles.dot_tile(m, 1, False))
-    for m, o in [(6, 2), (4, 3), (3, 3), (2, 4), (1, 4)]
-)
-_i8_4, _i8_3, _i8_2, _i8_1 = (
-    _panel(tiles.dot_tile_i8(m, o), o, tiles.dot_tile_i8(m, 1)) for m, o in [(4, 2), (3, 2), (2, 2), (1, 4)]
-)
+def _by_rows(tile, shapes):
+    """Compiles a product whose number of tokens is one of those in shapes, [(tokens, weight rows), ...]."""
+    (size, outs), *others = shapes
+    panel = _panel(tile(size, outs), outs, tile(size, 1))
+    other = _by_rows(tile, others) if others else None
+
+    @_compiled
+    def multiply(rows, x, x_stride, w, w_stride, count, num_outs, y, y_stride, more):
+        if other is None or rows == size:
+            panel(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
+        else:
+            other(rows, x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
+
+    return multiply
+
+
+# Tokens and weight rows a tile: as many sums as the registers hold, while loads stay fewer than multiplications.
+# Products of pairs and of fours come with 32 registers, others with 16.
+_wide_f32, _wide_bf16 = (functools.partial(tiles.dot_tile, bf16=bf16) for bf16 in (False, True))
+WIDE, WIDE_I8 = [(6, 2), (4, 3), (3, 3), (2, 4), (1, 4)], [(4, 2), (3, 2), (2, 2), (1, 4)]
+NARROW = [(8, 3), (6, 4), (4, 4), (3, 4), (2, 1), (1, 1)]
+PAIRS, BYTES = v.HAS_BF16_DOT, v.HAS_BYTE_DOT
+_multiply_f32 = _by_rows(_wide_f32, WIDE)
+_multiply_bf16 = _by_rows(*((tiles.dot_tile_pairs, NARROW) if PAIRS else (_wide_bf16, WIDE)))
+_multiply_i8 = _by_rows(*((tiles.dot_tile_bytes, NARROW) if BYTES else (tiles.dot_tile_i8, WIDE_I8)))
 
 
 @_compiled
-def _tile_rows(left, deep):
-    """How many of the rows left go into one tile."""
-    if deep:
+def _token_bytes(dtype):
+    """Bytes of an input in the panel, for weights of a dtype."""
+    if dtype == S8:
+        return 1
+    return 2 if PAIRS and dtype == BF16 else 4
+
+
+@_compiled
+def _tile_rows(dtype, left, inputs):
+    """How many of the tokens left go into one tile."""
+    if (PAIRS and dtype == BF16) or (BYTES and dtype == S8):
+        for size in (8, 6, 4, 3, 2):
+            if left >= size:
+                return size
+        return 1
+    if dtype == S8 or min(inputs, DEPTH) > WIDE_TILE_INPUTS:
         return min(left, 4)
     if left >= 6 and left != 8 and left != 7:
         return 6
@@ -83,50 +112,34 @@ def _tile_rows(left, deep):
 
 
 @_compiled
-def _multiply(dtype, rows, x, x_stride, w, w_stride, count, num_outs, y, y_stride, more):
+def _multiply(dtype, rows, x, x_stride, w, w_stride, inputs, num_outs, y, y_stride, more):
     if dtype == BF16:
-        if rows == 6:
-            _bf16_6(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-        elif rows == 4:
-            _bf16_4(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-        elif rows == 3:
-            _bf16_3(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-        elif rows == 2:
-            _bf16_2(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-        else:
-            _bf16_1(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
+        count = 2 * inputs if PAIRS else inputs
+        _multiply_bf16(rows, x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
     elif dtype == S8:
-        if rows == 4:
-            _i8_4(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-        elif rows == 3:
-            _i8_3(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-        elif rows == 2:
-            _i8_2(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-        else:
-            _i8_1(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-    elif rows == 6:
-        _f32_6(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-    elif rows == 4:
-        _f32_4(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-    elif rows == 3:
-        _f32_3(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
-    elif rows == 2:
-        _f32_2(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
+        _multiply_i8(rows, x, x_stride, w, w_stride, inputs, num_outs, y, y_stride, more)
     else:
-        _f32_1(x, x_stride, w, w_stride, count, num_outs, y, y_stride, more)
+        _multiply_f32(rows, x, x_stride, w, w_stride, inputs, num_outs, y, y_stride, more)
 
 
 @_compiled
-def _widen(job, token, rows, panel, scales):
-    """Copies tokens into the panel, normalised where a norm is given: as float32, or as int8 and a scale each."""
-    inputs, eight_bit = v.load_i64(job + INPUTS), v.load_i64(job + KERNEL_DTYPE) == S8
+def _prepare(job, token, rows, panel, scales):
+    """Copies tokens into the panel, normalised where a norm is given, as their products want them: float32, bfloat16,
+    or int8 and a scale each."""
+    inputs, dtype = v.load_i64(job + INPUTS), v.load_i64(job + KERNEL_DTYPE)
+    itemsize = _token_bytes(dtype)
+    line = panel + rows * inputs * itemsize  # a token on its way to fewer bits
     for m in range(rows):
-        if eight_bit:
-            line = panel + rows * inputs
-            _read(job, token + m, line)
-            v.store_f32(scales + 4 * m, _quantise(line, inputs, panel + m * inputs))
+        target = panel + m * inputs * itemsize
+        if itemsize == 4:
+            _read(job, token + m, target)
+            continue
+        _read(job, token + m, line)
+        if itemsize == 1:
+            v.store_f32(scales + 4 * m, _quantise(line, inputs, target))
         else:
-            _read(job, token + m, panel + 4 * m * inputs)
+            for i in range(0, inputs, v.LANES):
+                v.store_v_bf16(target + 2 * i, v.load_v(line + 4 * i))
 
 
 @_compiled
@@ -150,7 +163,7 @@ def _read(job, token, line):
 
 @_compiled
 def _quantise(line, inputs, target):
-    """float32 to int8 in [-127, 127]; returns what one step is worth."""
+    """float32 to int8 in [-127, 127], or 128 more than that; returns what one step is worth."""
     low, high = v.splat(0.0), v.splat(0.0)
     for i in range(0, inputs, v.LANES):
         value = v.load_v(line + 4 * i)
@@ -159,7 +172,11 @@ def _quantise(line, inputs, target):
     top = top if top > 0 else numba.float32(1.0)
     steps = v.splat(numba.float32(127.0) / top)
     for i in range(0, inputs, v.LANES):
-        v.store_v_i8(target + i, v.mul(v.load_v(line + 4 * i), steps))
+        value = v.mul(v.load_v(line + 4 * i), steps)
+        if BYTES:
+            v.store_v_u8(target + i, value)
+        else:
+            v.store_v_i8(target + i, value)
     return top / numba.float32(127.0)
 
 
@@ -222,18 +239,17 @@ def _chunk(job, chunk, thread):
     own = v.load_i64(job + SCRATCH) + thread * v.load_i64(job + SCRATCH_STRIDE)
     scales = own + 4 * THREAD_WORDS
     panel = scales + 4 * ((block_rows + 15) // 16 * 16)
-    sums = panel + _panel_bytes(dtype == S8, block_rows, inputs)
+    sums = panel + _panel_bytes(_token_bytes(dtype), block_rows, inputs)
     if v.load_i64(own) != block:
-        _widen(job, token, rows, panel, scales)
+        _prepare(job, token, rows, panel, scales)
         v.store_i64(own, block)
 
-    itemsize, x_itemsize = arrays.itemsize(dtype), 1 if dtype == S8 else 4
+    itemsize, x_itemsize = arrays.itemsize(dtype), _token_bytes(dtype)
     x_stride, w_stride, y_stride = x_itemsize * inputs, itemsize * inputs, 4 * block_outs * (1 + gated)
     kernel = v.load_i64(job + KERNEL) + o * w_stride
-    deep = dtype == S8 or min(inputs, DEPTH) > WIDE_TILE_INPUTS
     m = 0
     while m < rows:
-        tile = _tile_rows(rows - m, deep)
+        tile = _tile_rows(dtype, rows - m, inputs)
         y = sums + m * y_stride
         for k in range(0, inputs, DEPTH):
             count, more = min(DEPTH, inputs - k), min(k, 1)
@@ -257,9 +273,9 @@ def _chunk(job, chunk, thread):
 
 
 @_compiled
-def _panel_bytes(eight_bit, rows, inputs):
-    """Room for a block of tokens; eight-bit ones need a line to be quantised from."""
-    return (rows + 4) * inputs if eight_bit else 4 * rows * inputs
+def _panel_bytes(itemsize, rows, inputs):
+    """Room for a block of tokens, and for a line of float32 where they have fewer bits."""
+    return (itemsize * rows + (4 if itemsize < 4 else 0)) * inputs
 
 
 @_compiled
@@ -314,7 +330,9 @@ def chunk(job, index, thread):
 def supports(x_TI, kernel) -> bool:
     floats, I = (jnp.float32, jnp.bfloat16), x_TI.shape[1]
     if kernel.dtype == jnp.int8:
-        known = v.HAS_AVX2 and I % 32 == 0
+        known = v.HAS_AVX2 and I % (64 if BYTES else 32) == 0
+    elif kernel.dtype == jnp.bfloat16 and PAIRS:
+        known = x_TI.dtype == jnp.bfloat16 and I % 32 == 0  # float32 tokens are not rounded
     else:
         known = kernel.dtype in floats and I % v.LANES == 0
     return known and x_TI.dtype in floats
@@ -329,7 +347,8 @@ def linear(
     O, gated = kernel.shape[-2], kernel.ndim - 2
     absent = jnp.zeros((0,), jnp.float32)
     block_rows, block_outs = _blocks(T, I, O, gated, kernel.dtype.itemsize)
-    panel_words = _panel_bytes.py_func(kernel.dtype == jnp.int8, block_rows, I) // 4
+    token_bytes = _token_bytes.py_func({jnp.int8: S8, jnp.bfloat16: BF16}.get(kernel.dtype.type))
+    panel_words = _panel_bytes.py_func(token_bytes, block_rows, I) // 4
     words = THREAD_WORDS + _round_up(block_rows, 16) + panel_words + block_rows * block_outs * (1 + gated)
     y_TO, _ = jax.ffi.ffi_call(
         TARGET,
@@ -351,7 +370,8 @@ def linear(
 def _blocks(T, I, O, gated, itemsize):
     """Tokens and outputs a chunk; outputs in even shares."""
     rows = min(T, max(24, PANEL_BYTES // (4 * I) // 6 * 6))
-    most = max(24, BLOCK_BYTES // (I * itemsize * (1 + gated)))
+    one_pass = T <= NARROW[0][0] and O * I * itemsize * (1 + gated) > 8 * STREAM_BYTES
+    most = max(24, (STREAM_BYTES if one_pass else BLOCK_BYTES) // (I * itemsize * (1 + gated)))
     return rows, _round_up(-(-O // -(-O // most)), 24)
 
 

@@ -10,7 +10,10 @@ from llvmlite import ir
 from numba import types
 
 from pallas_kernels.cpu import vectors as v
-from pallas_kernels.cpu.vectors import F32, I64, LANES, VF32, VI16
+from pallas_kernels.cpu.vectors import F32, I64, LANES, VF32, VI16, VI32
+
+
+PREFETCH_BYTES = 4096  # how far ahead of a narrow tile's weights
 
 
 def _step(b, address, stride, count):
@@ -115,6 +118,82 @@ def dot_tile_i8(rows, outs):
         _store_sums(b, totals, y, y_stride, rows, outs, more)
 
     tile.__name__ = f"dot_{rows}x{outs}_i8"
+    return v.op(types.none, *[types.intp] * 8)(tile)
+
+
+@functools.cache
+def dot_tile_pairs(rows, outs):
+    """As `dot_tile` for bfloat16 x and w, count a multiple of 32, by products of pairs (AVX512-BF16)."""
+
+    def step(b, total, x, w):
+        return v.call(b, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, total, b.bitcast(x, v.VBF16), b.bitcast(w, v.VBF16))
+
+    return _narrow_tile(rows, outs, f"dot_{rows}x{outs}_pairs", v.constant(VF32, 0.0), step)
+
+
+@functools.cache
+def dot_tile_bytes(rows, outs):
+    """As `dot_tile` for x in [1, 255] that stands for x - 128, and int8 w, count a multiple of 64; exact (AVX512-VNNI).
+
+    The instruction multiplies unsigned by signed. What 128 times w adds up to is taken off again.
+    """
+
+    def step(b, total, x, w):
+        return v.call(b, "llvm.x86.avx512.vpdpbusd.512", VI32, total, x, w)
+
+    shift = v.constant(VI32, -0x7F7F7F80)  # four bytes of 128
+    return _narrow_tile(rows, outs, f"dot_{rows}x{outs}_bytes", v.constant(VI32, 0), step, shift)
+
+
+def _narrow_tile(rows, outs, name, zero, step, shift=None):
+    """A tile of whole registers of x and of w, both narrower than 32 bits; count is in bytes.
+
+    Args:
+        step: (builder, total, x, w) -> total, for a register of each.
+        shift: an x whose product with the weights is taken off every sum.
+    """
+
+    def tile(b, x, x_stride, w, w_stride, count, y, y_stride, more):
+        x_rows, w_rows = _step(b, x, x_stride, rows), _step(b, w, w_stride, outs)
+        # Rows side by side are no stream that the processor would recognise: what comes is fetched in its order.
+        lines = [ir.Constant(I64, PREFETCH_BYTES + v.WIDTH * o) for o in range(outs)] if outs > 1 else []
+        num_shifts = outs if shift is not None else 0
+
+        @_loop(b, count, [zero] * (rows * outs + num_shifts), v.WIDTH)
+        def sums(k, state):
+            for line in lines:
+                v.prefetch(b, b.add(b.add(w, line), b.mul(k, ir.Constant(I64, outs))))
+            weights = [v.load(b, b.add(row, k), VI32, 1) for row in w_rows]
+            after = list(state)
+            for m, row in enumerate(x_rows):
+                value = v.load(b, b.add(row, k), VI32, 1)
+                for o, weight in enumerate(weights):
+                    after[m * outs + o] = step(b, state[m * outs + o], value, weight)
+            for o in range(num_shifts):
+                after[rows * outs + o] = step(b, state[rows * outs + o], shift, weights[o])
+            return after
+
+        if num_shifts:
+            sums = [b.sub(total, sums[rows * outs + i % outs]) for i, total in enumerate(sums[: rows * outs])]
+        y_rows = _step(b, y, y_stride, rows)
+        adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
+        # Four rows by four outputs at a time: a row's outputs come out side by side.
+        for m in range(0, rows, 4):
+            for o in range(0, outs, 4):
+                values = [ir.Constant(zero.type, ir.Undefined)] * 16
+                for i in range(m, min(m + 4, rows)):
+                    for j in range(o, min(o + 4, outs)):
+                        values[4 * (j - o) + i - m] = sums[i * outs + j]
+                total = v.totals(b, values)
+                total = total if zero.type == VF32 else b.sitofp(total, VF32)
+                for i in range(m, min(m + 4, rows)):
+                    lanes = range(4 * (i - m), 4 * (i - m) + min(4, outs - o))
+                    part = v.shuffle(b, total, total, lanes)
+                    at_y = b.add(y_rows[i], ir.Constant(I64, 4 * o))
+                    before = b.select(adds, v.load(b, at_y, part.type, 4), v.constant(part.type, 0.0))
+                    v.store(b, b.fadd(part, before), at_y, 4)
+
+    tile.__name__ = name
     return v.op(types.none, *[types.intp] * 8)(tile)
 
 

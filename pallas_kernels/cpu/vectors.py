@@ -19,10 +19,28 @@ from numba.extending import intrinsic, register_model
 _features = llvmlite.binding.get_host_cpu_features()
 HAS_AVX2 = bool(_features.get("avx2"))
 LANES = 16 if _features.get("avx512f") else 8
+# Products of pairs of bfloat16, and of fours of bytes, added to a float32 or an int32 in one instruction.
+HAS_BF16_DOT = LANES == 16 and bool(_features.get("avx512bf16"))
+HAS_BYTE_DOT = LANES == 16 and bool(_features.get("avx512vnni"))
 WIDTH = 4 * LANES  # bytes in a register
+
+
+class BFloatType(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BFloatType)
+
+    def __hash__(self):
+        return hash(BFloatType)
+
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 VF32, VI32, VI16 = (ir.VectorType(t, LANES) for t in (F32, I32, I16))
+VBF16 = ir.VectorType(BFloatType(), 2 * LANES)
 
 
 class Vector(types.Type):
@@ -141,6 +159,34 @@ def fold(b, value, combine):
     return b.extract_element(value, ir.Constant(I32, 0))
 
 
+def totals(b, values):
+    """The sums of 16 vectors of 16 lanes, each added up in the order of `fold`, as one vector.
+
+    That of vector 4 * i + j is in lane 4 * j + i.
+    """
+
+    def halved(pick):
+        """Adds the halves of what is left of each vector; two vectors become one."""
+        first, second = pick
+        return [
+            add(shuffle(b, x, y, first), shuffle(b, x, y, second))
+            for x, y in zip(values[::2], values[1::2], strict=True)
+        ]
+
+    def by_quarter(*picks):
+        return [[16 * side + 4 * quarter + i for side, quarter in pick for i in range(4)] for pick in picks]
+
+    def in_quarters(*picks):
+        return [[16 * side + 4 * quarter + i for quarter in range(4) for side, i in pick] for pick in picks]
+
+    add = b.fadd if values[0].type.element == F32 else b.add
+    outer = [(0, 0), (0, 1), (1, 0), (1, 1)], [(0, 2), (0, 3), (1, 2), (1, 3)]
+    inner = [(0, 0), (0, 2), (1, 0), (1, 2)], [(0, 1), (0, 3), (1, 1), (1, 3)]
+    for cut in (by_quarter(*outer), by_quarter(*inner), in_quarters(*outer), in_quarters(*inner)):
+        values = halved(cut)
+    return values[0]
+
+
 # Scalars in memory
 
 
@@ -202,13 +248,24 @@ def load_v_i8(b, address):
     return load_wide(b, address, "i8", LANES)
 
 
-@op(types.none, types.intp, vector)
-def store_v_i8(b, address, value):
-    """Rounds to even; what int8 cannot hold saturates at +-127."""
+def _narrow_i8(b, value):
     value = call(b, f"llvm.rint.v{LANES}f32", VF32, value)
     for limit, sign in ((127.0, ">"), (-127.0, "<")):
         value = b.select(b.fcmp_ordered(sign, value, constant(VF32, limit)), constant(VF32, limit), value)
-    store(b, b.trunc(b.fptosi(value, VI32), ir.VectorType(I8, LANES)), address, 1)
+    return b.trunc(b.fptosi(value, VI32), ir.VectorType(I8, LANES))
+
+
+@op(types.none, types.intp, vector)
+def store_v_i8(b, address, value):
+    """Rounds to even; what int8 cannot hold saturates at +-127."""
+    store(b, _narrow_i8(b, value), address, 1)
+
+
+@op(types.none, types.intp, vector)
+def store_v_u8(b, address, value):
+    """As `store_v_i8`, plus 128: what products of bytes want on one side."""
+    bits = _narrow_i8(b, value)
+    store(b, b.xor(bits, constant(bits.type, -128)), address, 1)
 
 
 @op(types.none, types.intp, vector)

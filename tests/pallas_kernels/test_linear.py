@@ -120,7 +120,7 @@ def test_int8_kernels_come_close_to_what_they_stand_for():
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("T, I, out", [(1, 32, (5,)), (7, 64, (40,)), (6, 96, (2, 40)), (33, 2112, (30,))], ids=str)
+@pytest.mark.parametrize("T, I, out", [(1, 64, (5,)), (7, 128, (40,)), (6, 192, (2, 40)), (33, 2112, (30,))], ids=str)
 def test_int8_cpu_kernel_matches_the_reference(T, I, out, fused):
     x_TI, (kernel, scale) = random(T, I), eight_bit(*out, I)
     options = {"kernel_scale": scale * I**-0.5} | (around(T, I, out) if fused else {})
