@@ -27,7 +27,9 @@ def test_arrays_keep_their_values_and_the_old_ones_are_gone():
     after = huge_pages.gather(before)
     assert list(after) == list(expected)
     for name, array in after.items():
-        assert array.dtype == expected[name].dtype and array.sharding == jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        assert array.dtype == expected[name].dtype and array.sharding == jax.sharding.SingleDeviceSharding(
+            jax.devices()[0]
+        )
         np.testing.assert_array_equal(array, expected[name])
     assert all(array.is_deleted() for array in before.values())
 

@@ -239,8 +239,9 @@ def test_a_row_that_turns_faulty_in_mid_window_fails_alone_and_keeps_its_tokens(
 
 def test_pages_stay_in_place_through_a_window(engine):
     """No second copy of a layer's pages, inside the loop or beside it."""
-    page_bytes = sum(cache.nbytes for cache in engine._state.caches)
+    caches = engine._state.caches
+    shape = f"[{','.join(map(str, caches[0].shape))}]"
     for bucket, run_step in engine.loaded.steps.items():
-        memory = run_step.memory_analysis()
-        assert memory.alias_size_in_bytes >= page_bytes, bucket
-        assert memory.temp_size_in_bytes < page_bytes / len(engine._state.caches), bucket
+        assert run_step.memory_analysis().alias_size_in_bytes >= sum(cache.nbytes for cache in caches), bucket
+        made = [line for line in run_step.as_text().splitlines() if shape in line and " copy(" in line]
+        assert not made, bucket
