@@ -244,7 +244,14 @@ def settle(
             "lower it, or set VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 if you know that the model extrapolates"
         )
     page_size = choose("page_size", config.block_size, 16 if on_cpu else 128 if platform == "tpu" else 32, platform)
-    max_num_seqs = choose("max_num_seqs", config.max_num_seqs, 128 if on_cpu else 256, platform)
+    page_columns = math.ceil(max_model_len / page_size)
+    usual_seqs, why = (128 if on_cpu else 256), platform
+    if platform == "tpu":
+        from pallas_kernels.ragged_paged_attention.tpu_plan import most_rows  # not above: it imports jax
+
+        if (most := most_rows(page_columns)) < usual_seqs:
+            usual_seqs, why = max(1, most), "rows whose page tables fit a TPU's scalar memory"
+    max_num_seqs = choose("max_num_seqs", config.max_num_seqs, usual_seqs, why)
     budget = choose("max_num_batched_tokens", config.max_num_batched_tokens, 1024 if on_cpu else 2048, platform)
     if budget < max_num_seqs:
         raise ConfigError(
@@ -275,7 +282,6 @@ def settle(
         if on_cpu
         else "one dispatch for several steps, as long as they take 30 ms together",
     )
-    page_columns = math.ceil(max_model_len / page_size)
     page_bytes = token_bytes * page_size
 
     limit = int(memory.total * config.gpu_memory_utilization) * num_devices

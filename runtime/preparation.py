@@ -16,11 +16,12 @@ import numpy as np
 from converters.checkpoint import Checkpoint
 from models.interface import abstract, bind, logical_axes
 from pallas_kernels import cpu
-from pallas_kernels.ragged_paged_attention import cache_shape
+from pallas_kernels.ragged_paged_attention import cache_shape, planning
 from runtime import mesh, step_state
 from runtime.batch import StepLayout
 from runtime.buckets import buckets_for
 from runtime.config import EngineConfig, EnginePlan, is_stacked, itemsize, settle
+from runtime.errors import ConfigError
 from runtime.executables import Program
 from runtime.machine import Machine
 from runtime.sampling import empty_row
@@ -72,10 +73,36 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine) -> P
         * itemsize(kv_dtype),
         dtype=dtype,
     )
+    plan = _with_attention(plan, machine, layout.config.num_heads, specs)
     caches = cache_shapes(specs, plan)
     programs = programs_for(graph, shapes, plan, caches, layout)
     facts = {"model": f"{checkpoint.model_class.__qualname__} {layout.config}"} | plan.compiled_fields
     return Prepared(machine, checkpoint, plan, layout, shapes, caches, programs, facts)
+
+
+def _with_attention(plan: EnginePlan, machine: Machine, num_heads: int, specs) -> EnginePlan:
+    """The plan, with what attends among its reasons.
+
+    Raises:
+        ConfigError: nothing that is fit for use attends to this model here, with these numbers.
+    """
+    devices, kind = plan.tensor_parallel_size, machine.devices[0].device_kind
+    for spec in dict.fromkeys((s.num_kv_heads, s.head_dim) for s in specs):
+        reason, attends = planning.check(
+            plan.platform,
+            kind,
+            num_heads=num_heads // devices,
+            num_kv_heads=spec[0] // devices,
+            head_dim=spec[1],
+            page_size=plan.page_size,
+            dtype=plan.dtype,
+            cache_dtype=plan.kv_dtype,
+            num_rows=plan.max_num_seqs,
+            num_columns=plan.page_columns,
+        )
+        if reason:
+            raise ConfigError(f"attention on {kind}: {reason}")
+    return dataclasses.replace(plan, reasons=(*plan.reasons, ("attention", plan.platform, attends)))
 
 
 @dataclasses.dataclass(frozen=True)

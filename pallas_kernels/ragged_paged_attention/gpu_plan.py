@@ -14,6 +14,18 @@ def cache_shape(num_pages, page_size, num_kv_heads, head_dim) -> tuple[int, int,
     return (num_pages, page_size, 2 * num_kv_heads, -(-head_dim // 64) * 64)
 
 
+def refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
+    """Why a GPU should not run this at all: what the kernel does not take for a number that is the caller's choice."""
+    N, K, B = q_TNH.shape[1], k_TKH.shape[1], cache_PBCH.shape[1]
+    if N % K or (B not in PAGE_SIZES and is_hopper(device_kind)):
+        return kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
+    return None
+
+
+def is_hopper(device_kind) -> bool:
+    return any(name in device_kind for name in HOPPER)
+
+
 def kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
     """Why the Mosaic kernel cannot run this, with the nearest that it can; None when it can."""
     N, H = q_TNH.shape[1:]
@@ -21,17 +33,17 @@ def kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
     P, B, C, cache_H = cache_PBCH.shape
     if N % K:
         return f"{N} query heads cannot share {K} kv heads evenly; use {max(1, N // K) * K} query heads"
-    if N // K > TILE:
-        return f"{N // K} query heads a kv head are over a tile's {TILE}; pass implementation='reference'"
-    if not any(name in device_kind for name in HOPPER):
-        return f"{device_kind!r} is not a Hopper GPU ({', '.join(HOPPER)}); pages are gathered instead"
-    if cache_PBCH.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"pages of {cache_PBCH.dtype} are gathered instead; use bfloat16 or float16 for the kernel"
+    if not is_hopper(device_kind):
+        return f"{device_kind} is not a Hopper GPU ({', '.join(HOPPER)})"
     if B not in PAGE_SIZES:
         nearest = min(PAGE_SIZES, key=lambda size: (abs(size - B), size))
         return f"page size {B} is not one of {PAGE_SIZES}; use {nearest}"
+    if N // K > TILE:
+        return f"{N // K} query heads a kv head are over a tile's {TILE}"
+    if cache_PBCH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel takes no pages of {cache_PBCH.dtype}; use bfloat16 or float16"
     if cache_H > MAX_HEAD_DIM:
-        return f"head_dim {H} is over the kernel's {MAX_HEAD_DIM}; pages are gathered instead"
+        return f"head_dim {H} is over the kernel's {MAX_HEAD_DIM}"
     if cache_H % TILE or (cache_H > 128 and cache_H % 128):
         wanted = 256 if cache_H > 128 else 64 * -(-cache_H // 64)
         return f"a cache {cache_H} wide was given where the kernel needs {wanted}; allocate it by cache_shape"

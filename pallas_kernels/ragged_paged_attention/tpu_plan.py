@@ -19,7 +19,7 @@ LANES = 128
 PAGE_SIZES = (16, 32, 64, 128, 256)
 CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
 MAX_HEAD_DIM = 256
-SMEM_BYTES = 2**20  # scalar memory of one core; page table and lengths live there
+TABLE_BYTES = 2**20 - 32 * 1024  # of the scalar memory of one core; page table and lengths live there
 VMEM_BYTES = 96 * 2**20  # of 128 MiB on v5e and v6e; the rest is the compiler's
 FETCH_BYTES = 2 * 2**20  # about 1.5 us at 1.6 TB/s, the latency that one fetch must hide
 TUNED_PATH = pathlib.Path(__file__).parents[1] / "tuned" / "ragged_paged_attention_tpu.json"
@@ -59,7 +59,7 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None) -> str | None:
     if N % K:
         return f"{N} query heads cannot share {K} kv heads evenly; use {max(1, N // K) * K} query heads"
     if H > MAX_HEAD_DIM:
-        return f"head_dim {H} is over the kernel's {MAX_HEAD_DIM}; pass implementation='reference'"
+        return f"head_dim {H} is over the TPU kernel's {MAX_HEAD_DIM}; the nearest is {MAX_HEAD_DIM}"
     if jnp.dtype(cache_PBCH.dtype).name not in CACHE_DTYPES:
         return f"pages of {cache_PBCH.dtype} are not among {', '.join(CACHE_DTYPES)}; use bfloat16"
     if jnp.dtype(q_TNH.dtype).name not in ("bfloat16", "float32"):
@@ -72,14 +72,24 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None) -> str | None:
         return f"a cache of {(P, B, C, cache_H)} was given where a TPU needs {wanted}; allocate it by cache_shape"
     if page_table_SM is not None:
         S, M = page_table_SM.shape
-        needed, limit = 4 * S * (M + 2), SMEM_BYTES - 32 * 1024
-        if needed > limit:
-            most = limit // (4 * S) - 2
+        if S > most_rows(M):
+            needed, limit = 4 * S * (M + 2), TABLE_BYTES
+            shorter = limit // (4 * S) - 2
+            choices = [f"{most_rows(M)} rows"] if most_rows(M) else []
+            choices += [f"{shorter} pages a row, {shorter * B:,} tokens"] if shorter > 0 else []
+            choices += [f"page size {size}" for size in PAGE_SIZES if size > B and S <= most_rows(-(-M * B // size))][
+                :1
+            ]
             return (
-                f"a page table of {S} rows x {M} pages takes {needed:,} bytes of {limit:,} in scalar memory; at most "
-                f"{most} pages a row fit: use page size {min(256, B * 2)}, fewer rows or a shorter max_model_len"
+                f"a page table of {S} rows x {M} pages of {B} tokens takes {needed:,} bytes of {limit:,} in scalar "
+                f"memory; use at most {' or '.join(choices)}"
             )
     return None
+
+
+def most_rows(num_columns) -> int:
+    """Rows whose page tables, and two numbers more each, the scalar memory holds; whole eights."""
+    return TABLE_BYTES // (4 * (num_columns + 2)) // 8 * 8
 
 
 def blocks(q_TNH, k_TKH, cache_PBCH, num_columns, case, device_kind="") -> Blocks:

@@ -188,7 +188,7 @@ def what_notices(args):
     [
         (dict(page_size=48), "use 32"),
         (dict(page_size=512, num_pages=1), "use 256"),
-        (dict(head_dim=320), "over the kernel's 256"),
+        (dict(head_dim=320), "over the TPU kernel's 256"),
         (dict(cache_dtype="float16"), "use bfloat16"),
         (dict(dtype="float16"), "cast them to bfloat16"),
     ],
@@ -209,7 +209,7 @@ def test_refuses_a_cache_of_another_platforms_shape():
 def test_refuses_a_page_table_over_scalar_memory():
     q, k, v, cache, lens, _, cu, counts = kernel_batch.batch(PLAIN, [(1, 1)], tpu.cache_shape)
     table = jax.ShapeDtypeStruct((256, 2048), jnp.int32)
-    assert "at most 990 pages a row" in tpu.refusal(q, k, cache, table)
+    assert "at most 120 rows or 990 pages a row, 15,840 tokens or page size 64" in tpu.refusal(q, k, cache, table)
 
 
 @pytest.mark.parametrize("kv_heads, width", [(1, 2), (3, 8), (8, 16), (10, 32), (20, 48)])

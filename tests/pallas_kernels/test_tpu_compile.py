@@ -50,6 +50,14 @@ def test_attention_compiles_and_writes_pages_in_place(chip, case):
     assert memory.temp_size_in_bytes < 2**20 + 4 * case["T"] * 32 * 256
 
 
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("columns", [1024, 8192])
+def test_the_longest_page_table_that_is_taken_fits_scalar_memory(chip, columns):
+    rows = tpu_plan.most_rows(columns)
+    arrays = shapes(**CASES["Llama-3-8B decode"] | dict(T=rows, S=rows, M=columns))
+    absent_tpu.compile_for(chip, functools.partial(ragged_paged_attention, scale=0.1), arrays, donate=(3,))
+
+
 def test_layers_scanned_over_one_array_copy_no_pages():
     """The layout of the engine's step: stacked layers, one pool, the layer folded into the page number."""
     layers = 4

@@ -1,0 +1,37 @@
+"""Whether a platform's attention takes a model, asked when an engine is planned. No Pallas in here.
+
+Dimension key as in the package.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.ragged_paged_attention import gpu_plan, tpu_plan
+
+
+def check(
+    platform, device_kind, *, num_heads, num_kv_heads, head_dim, page_size, dtype, cache_dtype, num_rows, num_columns
+) -> tuple[str | None, str]:
+    """What will attend on one device, before anything is compiled.
+
+    Args:
+        platform, device_kind: as JAX calls them.
+        num_heads, num_kv_heads: of one device.
+        num_rows, num_columns: the largest page table.
+
+    Returns:
+        (why it cannot run here, with the nearest that can; None when it can), (what attends, in words).
+    """
+    if platform not in ("tpu", "gpu"):
+        return None, "a kernel for this CPU, or XLA where it has none"
+    plan = tpu_plan if platform == "tpu" else gpu_plan
+    array = jax.ShapeDtypeStruct
+    q_TNH, k_TKH = (array((16, heads, head_dim), jnp.dtype(dtype)) for heads in (num_heads, num_kv_heads))
+    cache_PBCH = array(plan.cache_shape(1, page_size, num_kv_heads, head_dim), jnp.dtype(cache_dtype))
+    if platform == "tpu":
+        table_SM = array((num_rows, num_columns), jnp.int32)
+        return tpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, table_SM), "a Pallas kernel for TPUs"
+    reason = gpu_plan.kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
+    if reason is None:
+        return None, "a Mosaic kernel for Hopper GPUs"
+    return gpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, device_kind), f"gathered pages in XLA: {reason}"

@@ -1,0 +1,87 @@
+"""What an accelerator's attention cannot take is refused when the engine is planned, with a choice that works."""
+
+import re
+import types
+
+import pytest
+import tiny
+
+from converters.families import family_of
+from converters.fields import Fields
+from pallas_kernels.ragged_paged_attention import planning, tpu_plan
+from runtime.config import EngineConfig, Memory, settle
+from runtime.errors import ConfigError
+from runtime.machine import Machine
+from runtime.preparation import prepare
+
+GIB = 2**30
+KINDS = {"tpu": "TPU v6 lite", "gpu": "NVIDIA H100 80GB HBM3"}
+
+
+def planned(platform, hf=None, **wishes):
+    """Prepares a tiny Llama for an accelerator that neither is here nor can be compiled for."""
+    fields = Fields(tiny.FAMILIES["llama"] | {"max_position_embeddings": 2**20} | (hf or {}))
+    family = family_of(fields)
+    checkpoint = types.SimpleNamespace(model_class=family.model_class, config=family.config(fields), dtype="bfloat16")
+    device = types.SimpleNamespace(platform=platform, device_kind=KINDS[platform])
+    machine = Machine(platform, (device,), Memory(32 * GIB, 32 * GIB), is_here=False)
+    return prepare(EngineConfig(model="", **({"max_model_len": 1024} | wishes)), checkpoint, machine)  # type: ignore
+
+
+@pytest.mark.parametrize(
+    "platform, hf, wishes, says",
+    [
+        ("tpu", {}, {"block_size": 48}, r"page size 48 is not one of .*; use 32"),
+        ("gpu", {}, {"block_size": 8}, r"page size 8 is not one of .*; use 16"),
+        ("tpu", {"head_dim": 320}, {}, r"head_dim 320 is over the TPU kernel's 256; the nearest is 256"),
+        ("tpu", {}, {"kv_cache_dtype": "float16"}, r"pages of float16 .* use bfloat16"),
+        (
+            "tpu",
+            {},
+            {"max_model_len": 131072, "max_num_seqs": 256},
+            r"256 rows x 1024 pages .* at most 240 rows or 990",
+        ),
+    ],
+)
+def test_refused_with_a_choice_that_works(platform, hf, wishes, says):
+    with pytest.raises(ConfigError, match=f"attention on {KINDS[platform]}: .*{says}"):
+        planned(platform, hf, **wishes)
+
+
+@pytest.mark.parametrize(
+    "rows, max_model_len, page_size", [(240, 131072, 128), (256, 990 * 128, 128), (256, 131072, 256)]
+)
+def test_the_choices_named_do_work(rows, max_model_len, page_size):
+    columns = -(-max_model_len // page_size)
+    model = dict(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16", cache_dtype="bfloat16")
+    reason, attends = planning.check(
+        "tpu", KINDS["tpu"], page_size=page_size, num_rows=rows, num_columns=columns, **model
+    )
+    assert reason is None and "Pallas" in attends
+
+
+def test_rows_follow_from_the_length_of_page_tables_unless_asked():
+    numbers = dict(memory=Memory(64 * GIB, 64 * GIB), vocab_size=1000, weight_bytes=1, token_bytes=1000)
+    plan = lambda length, **wishes: settle(
+        EngineConfig(model="", **wishes), platform="tpu", model_max_len=length, dtype="bfloat16", **numbers
+    )
+    assert plan(8192).max_num_seqs == 256
+    assert plan(131072).max_num_seqs == tpu_plan.most_rows(1024) == 240
+    assert plan(131072, max_num_seqs=256).max_num_seqs == 256  # refused by what compiles it, with the numbers
+
+
+@pytest.mark.parametrize(
+    "kind, change, attends",
+    [
+        ("NVIDIA H100 80GB HBM3", {}, "Mosaic"),
+        ("NVIDIA A100-SXM4-80GB", {}, "gathered .* not a Hopper"),
+        ("NVIDIA H100 80GB HBM3", {"cache_dtype": "int8"}, "gathered .* no pages of int8"),
+        ("NVIDIA H100 80GB HBM3", {"head_dim": 320}, "gathered .* head_dim 320"),
+        ("NVIDIA H100 80GB HBM3", {"num_heads": 80, "num_kv_heads": 1}, "gathered .* 80 query heads"),
+    ],
+)
+def test_a_gpu_says_what_attends(kind, change, attends):
+    usual = dict(num_heads=32, num_kv_heads=8, head_dim=128, page_size=32, dtype="bfloat16", cache_dtype="bfloat16")
+    reason, words = planning.check("gpu", kind, num_rows=8, num_columns=8, **(usual | change))
+    assert reason is None
+    assert re.search(attends, words)
