@@ -32,6 +32,7 @@ from runtime.sampling import (
 )
 from runtime.sampling.adjust import adjust
 from runtime.sampling.noise import random_bits
+from runtime.sampling.spread import sample_in_turns
 
 V, S, U = 97, 8, 1300  # a vocabulary that no block divides; a history of more than two chunks, and not whole ones
 EOS = [2, 5]
@@ -71,17 +72,17 @@ class Row:
 
 
 @functools.cache
-def compiled(mode):
+def compiled(mode, num_at_once=S):
     def call(logits_SV, words_QS, known_S, tables, slots_S, history_XU, mask_SW):
         knobs = Knobs.unpack(words_QS, known_S)
         args = tables, slots_S, history_XU, mask_SW
-        sampled = sample(logits_SV, knobs, *args, max_logprobs=5, logprobs_mode=mode)
+        sampled = sample_in_turns(logits_SV, knobs, *args, rows=num_at_once, max_logprobs=5, logprobs_mode=mode)
         return sampled, adjust(logits_SV, knobs, *args), finished(sampled.token_S, knobs, tables, slots_S)
 
     return jax.jit(call)
 
 
-def run(logits_SV, rows, mode="raw_logprobs", slots=None):
+def run(logits_SV, rows, mode="raw_logprobs", slots=None, num_at_once=S):
     """Samples for up to S rows, the rest padding; slots that are not used are full of other people's settings."""
     rng = np.random.default_rng(1)
     slots = rng.permutation(S)[: len(rows)] if slots is None else slots
@@ -108,7 +109,7 @@ def run(logits_SV, rows, mode="raw_logprobs", slots=None):
     padded_SV[: len(rows)] = logits_SV
     slots_S = np.zeros(S, np.int32)
     slots_S[: len(rows)] = slots
-    out = compiled(mode)(padded_SV, words_QS, known_S, tables, slots_S, history_XU, mask_SW)
+    out = compiled(mode, num_at_once)(padded_SV, words_QS, known_S, tables, slots_S, history_XU, mask_SW)
     return jax.tree.map(np.asarray, out)
 
 
@@ -197,6 +198,14 @@ def test_a_seed_gives_the_same_tokens_beside_anyone():
         told.append(run(others_SV, rows, slots=rng.permutation(S))[0].token_S[place])
     told.append(run(logits_V[None], [mine])[0].token_S[0])
     assert len(set(told)) == 1
+
+
+def test_rows_sampled_in_turns_get_what_they_get_at_once():
+    rng = np.random.default_rng(7)
+    rows, logits_SV, slots = [random_row(rng) for _ in range(S)], logits(8), rng.permutation(S)
+    at_once, in_turns = (run(logits_SV, rows, slots=slots, num_at_once=num)[0] for num in (S, 2))
+    assert jax.tree.all(jax.tree.map(np.array_equal, at_once, in_turns))
+    assert len(set(at_once.token_S)) > 1
 
 
 def test_seeds_and_positions_differ():
