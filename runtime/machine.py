@@ -95,7 +95,9 @@ def absent(target: str) -> Machine:
         options = {}
     else:
         names = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
-        _needs("jax_plugins.xla_cuda13", " ".join(f"{name}=={jax.__version__}" for name in ("--no-deps", *names)), chip)
+        _needs(
+            "jax_plugins.xla_cuda13", " ".join(["--no-deps", *(f"{name}=={jax.__version__}" for name in names)]), chip
+        )
         found = topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=gpu_targets.described(chip.kind), topology=topology
         )

@@ -1,0 +1,182 @@
+"""What a compiled program takes of each device and says to the others: read from the executable itself.
+
+The optimised HLO is text: computations of instructions, which call each other. An instruction counts as often as its
+computation runs in one call of the program: a loop of known length as often as it turns, any other loop once (a window
+of decode steps then counts as one step), and of a conditional's branches all.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+# Instructions that move an array and compute nothing.
+MOVES = ("copy", "copy-start", "transpose")
+BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][a-z0-9-]*)\(")
+_CALLED = re.compile(
+    r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)"
+    r"|(?:branch_computations|called_computations)=\{([^}]*)\}"
+)
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# TPUs do not say it there; a scan's condition is `ROOT %x = pred[] compare(%i, %n), direction=LT`, from 0 on.
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"^\s+%?([\w.-]+) = s32\[\]\S* constant\((\d+)\)")
+_COUNTS_UP = re.compile(r"^\s+ROOT .* compare\(%?[\w.-]+, %?([\w.-]+)\), direction=LT")
+_ARRAY = re.compile(r"([a-z]+[0-9]*(?:e[0-9]+m[0-9]+[a-z]*)?)\[([\d,]*)\](\{[^}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One result of an instruction.
+
+    Attributes:
+        dtype: HLO's name: "bf16".
+        is_main: it lies in the device's main memory, not in one that is on the chip.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    is_main: bool
+
+    @property
+    def num_bytes(self) -> int:
+        bits = BITS.get(self.dtype) or int(re.sub(r"\D", "", self.dtype) or 32)
+        return math.prod(self.shape) * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One that matters: a collective or a move.
+
+    Attributes:
+        op: its name, without -start.
+        times: how often it runs in one call.
+    """
+
+    op: str
+    arrays: tuple[Array, ...]
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """Bytes are of one device.
+
+    Attributes:
+        arguments: weights, state and inputs. aliased: results that took the memory of arguments.
+        outputs: results, the aliased ones included. temporaries: what the program needs beside.
+        code: the program itself.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    instructions: tuple[Instruction, ...]
+
+    @classmethod
+    def of(cls, compiled: Any) -> "Footprint":
+        """Args: compiled: what jit(...).lower(...).compile() returns."""
+        memory = compiled.memory_analysis()
+        return cls(
+            memory.argument_size_in_bytes,
+            memory.output_size_in_bytes,
+            memory.alias_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.generated_code_size_in_bytes,
+            tuple(instructions(compiled.as_text())),
+        )
+
+    @property
+    def beside_arguments(self) -> int:
+        """Memory that a call takes beside its arguments."""
+        return self.temporaries + self.outputs - self.aliased + self.code
+
+    def collectives(self) -> dict[str, int]:
+        """{kind: how many one call runs}; kinds that do not occur are left out."""
+        counts = collections.Counter()
+        for instruction in self.instructions:
+            if instruction.op in COLLECTIVES:
+                counts[instruction.op] += instruction.times
+        return dict(counts)
+
+    def moved(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[Instruction]:
+        """What is copied from main memory to main memory and is as large as one of these (HLO dtype, shape).
+
+        An array may be copied in another order of its axes; axes of one element do not count.
+        """
+        alike = lambda dtype, shape: (dtype, tuple(sorted(side for side in shape if side > 1)))
+        wanted = {alike(*shape) for shape in shapes}
+        moves = {move.removesuffix("-start") for move in MOVES}
+        return [
+            found
+            for found in self.instructions
+            if found.op in moves and any(a.is_main and alike(a.dtype, a.shape) in wanted for a in found.arrays[:1])
+        ]
+
+    def gathered(self) -> int:
+        """Bytes of the largest result of an all-gather."""
+        return max((a.num_bytes for i in self.instructions if i.op == "all-gather" for a in i.arrays), default=0)
+
+
+def instructions(hlo: str) -> list[Instruction]:
+    """The collectives and moves of an optimised HLO module."""
+    found: dict[str, list[tuple[str, tuple]]] = collections.defaultdict(list)
+    calls: dict[str, list[tuple[str, int | str]]] = collections.defaultdict(list)  # callee, and turns or its condition
+    constants: dict[str, int] = {}
+    limits: dict[str, int] = {}
+    fused: set[str] = set()
+    name = entry = ""
+    for line in hlo.splitlines():
+        if match := _COMPUTATION.match(line):
+            name = match[2]
+            entry = name if match[1] else entry
+            constants = {}
+            continue
+        if match := _CONSTANT.match(line):
+            constants[match[1]] = int(match[2])
+        elif (match := _COUNTS_UP.match(line)) and match[1] in constants:
+            limits[name] = constants[match[1]]
+        if not (match := _INSTRUCTION.match(line)):
+            continue
+        result, op = match[1], match[2]
+        if op in MOVES or op.removesuffix("-start") in COLLECTIVES:
+            found[name].append((op.removesuffix("-start"), _arrays(result)))
+        turns: int | str = 1
+        if op == "while":
+            known, condition = _TURNS.search(line), _CONDITION.search(line)
+            turns = int(known[1]) if known else condition[1] if condition else 1
+        for one, several in _CALLED.findall(line):
+            for callee in [one] if one else re.findall(r"[\w.-]+", several):
+                calls[name].append((callee, turns))
+                if op == "fusion":
+                    fused.add(callee)  # inside of a fusion a copy is an index, and nothing is written
+    times: dict[str, int] = collections.Counter()
+
+    def visit(computation, count):
+        times[computation] += count
+        for callee, turns in calls[computation]:
+            visit(callee, count * (turns if isinstance(turns, int) else limits.get(turns, 1)))
+
+    visit(entry, 1)
+    return [
+        Instruction(op, arrays, times[computation])
+        for computation, listed in found.items()
+        for op, arrays in listed
+        if times[computation] and (computation not in fused or op in COLLECTIVES)
+    ]
+
+
+def _arrays(result: str) -> tuple[Array, ...]:
+    """Of an instruction's result type, as `f32[8,128]{1,0:T(8,128)S(1)}`; S(n) names memory that is not main."""
+    return tuple(
+        Array(dtype, tuple(int(side) for side in sides.split(",") if side), "S(" not in layout)
+        for dtype, sides, layout in _ARRAY.findall(result)
+    )

@@ -1,0 +1,59 @@
+"""Published models compiled for hosts that are not here: `make bench BENCH=builds`.
+
+One row a step: the largest decode step of up to 64 rows, and the largest chunk. Memory is the executable's own
+analysis, of one device; collectives are counted in the optimised HLO, loops unrolled; floors are roofline estimates.
+The same builds are tests, which `make tpu` and `make gpu` run.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+from runtime.errors import ConfigError
+from runtime.report import Report
+from tests.support.published import GPU, TPU, measured
+
+MIB = 2**20
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="part of a row's first column, as v6e")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    print(f"jax {jax.__version__}\n")
+    print(
+        f"{'model':12} {'target':7} {'step':15} {'weights':>8} {'pages':>7} {'in place':>8} {'temp.':>6} {'used':>7} "
+        f"{'of':>7} {'floor':>8}  {'s':>4}  collectives a step"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for build in (*TPU, *GPU):
+            if args.only in str(build):
+                table(build, Path(folder))
+    return 0
+
+
+def table(build, folder: Path) -> None:
+    """Prints a build's rows; a compiler that is not installed costs its rows only."""
+    try:
+        for step in measured(build, folder):
+            step.check()
+            report, found = Report(step.prepared, {step.bucket: step.footprint}), step.footprint
+            counts = ", ".join(f"{count} {kind}" for kind, count in found.collectives().items()) or "none"
+            mib = [report.weight_bytes, report.page_bytes, found.aliased]
+            used, memory = found.arguments + found.beside_arguments, step.prepared.machine.memory.total
+            print(
+                f"{build.model:12} {build.target:7} {str(step.bucket):15} {mib[0] / MIB:8,.0f} {mib[1] / MIB:7,.0f} "
+                f"{mib[2] / MIB:8,.0f} {found.temporaries / MIB:6,.1f} {used / MIB:7,.0f} {memory / MIB:7,.0f} "
+                f"{report.estimate(step.bucket).seconds * 1000:5,.2f} ms  {step.seconds:4.0f}  {counts}",
+                flush=True,
+            )
+    except ConfigError as error:
+        print(f"{build.model:12} {build.target:7} not compiled: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What is read from an optimised HLO module: how often each collective runs, and which copies move memory."""
+
+import types
+
+from runtime.footprint import Footprint, instructions
+
+HLO = """HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (1, {}, may-alias) }
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%fused (p: bf16[4,64]) -> bf16[64,4] {
+  %p = bf16[4,64]{1,0} parameter(0)
+  ROOT %inside = bf16[64,4]{1,0} transpose(%p), dimensions={1,0}
+}
+
+%layer (carry: (f32[8,16], s32[])) -> (f32[8,16], s32[]) {
+  %carry = (f32[8,16]{1,0}, s32[]) parameter(0)
+  %all-reduce.1 = f32[8,16]{1,0:T(8,128)} all-reduce(%a), channel_id=1, to_apply=%add
+  %all-reduce-start.2 = f32[8,16]{1,0} all-reduce-start(%b), channel_id=2, to_apply=%add
+  %all-reduce-done.2 = f32[8,16]{1,0} all-reduce-done(%all-reduce-start.2)
+  %fetch = (bf16[4,64]{1,0:T(8,128)S(1)}, bf16[4,64]{1,0}, u32[]{:S(2)}) copy-start(%w)
+  ROOT %tuple = (f32[8,16]{1,0}, s32[]) tuple(%all-reduce-done.2, %i)
+}
+
+%more (carry: (f32[8,16], s32[])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%window (state: (f32[8,16])) -> (f32[8,16]) {
+  %layers = (f32[8,16]{1,0}, s32[]) while(%init), condition=%more, body=%layer, backend_config={"known_trip_count":{"n":"32"}}
+  %all-gather.3 = s32[8]{0} all-gather(%ids), channel_id=3, dimensions={0}
+  ROOT %out = (f32[8,16]{1,0}) tuple(%r)
+}
+
+ENTRY %main.9 (w: bf16[64,4], s: f32[8,16]) -> (f32[8,16]) {
+  %w = bf16[64,4]{1,0} parameter(0)
+  %copy.7 = bf16[64,4]{0,1:T(8,128)} copy(%w)
+  %fusion.1 = bf16[64,4]{1,0} fusion(%w), kind=kLoop, calls=%fused
+  %steps = (f32[8,16]{1,0}) while(%start), condition=%more, body=%window
+  ROOT %result = (f32[8,16]{1,0}) tuple(%g)
+}
+"""  # noqa: E501
+
+
+ON_TPU = HLO.replace(', backend_config={"known_trip_count":{"n":"32"}}', "").replace(
+    "ROOT %less = pred[] compare(%i, %n)",
+    "%n = s32[]{:T(128)} constant(32)\n  ROOT %less = pred[]{:T(512)} compare(%i, %n)",
+)
+
+
+def footprint(hlo=HLO):
+    memory = types.SimpleNamespace(
+        argument_size_in_bytes=1000, output_size_in_bytes=520, alias_size_in_bytes=512,
+        temp_size_in_bytes=64, generated_code_size_in_bytes=3,
+    )  # fmt: skip
+    return Footprint.of(types.SimpleNamespace(memory_analysis=lambda: memory, as_text=lambda: hlo))
+
+
+def test_a_collective_counts_as_often_as_its_loop_turns():
+    assert footprint().collectives() == {"all-reduce": 64, "all-gather": 1}
+    assert footprint().gathered() == 32
+
+
+def test_a_tpus_loops_tell_their_length_by_their_condition():
+    assert footprint(ON_TPU).collectives() == {"all-reduce": 64 * 32, "all-gather": 32}  # both loops share one
+
+
+def test_only_a_copy_within_main_memory_moves_an_array():
+    moved = footprint().moved([("bf16", (4, 64))])
+    assert [(found.op, found.arrays[0].shape, found.times) for found in moved] == [("copy", (64, 4), 1)]
+    assert footprint().moved([("bf16", (1, 64, 4))]) == moved  # axes of one element do not count
+    assert not footprint().moved([("f32", (4, 64)), ("bf16", (64, 64))])
+    fetches = [found for found in instructions(HLO) if found.op == "copy" and not found.arrays[0].is_main]
+    assert [found.times for found in fetches] == [32]
+
+
+def test_what_a_call_needs_beside_its_arguments():
+    assert footprint().beside_arguments == 64 + 520 - 512 + 3

@@ -1,0 +1,159 @@
+"""Models as their publishers describe them, and hosts that serve them: what is compiled ahead of time in tests."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runtime.buckets import Bucket
+
+MIB = 2**20
+HLO_NAMES = {"bfloat16": "bf16", "int8": "s8", "float32": "f32"}
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS = {
+    "Llama-3-8B": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
+    "Llama-3-70B": LLAMA
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
+    "Qwen3-32B": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_attention_heads": 64,
+        "num_hidden_layers": 64,
+        "head_dim": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """A model on a host.
+
+    Attributes:
+        options: fields of EngineConfig.
+    """
+
+    model: str
+    target: str
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def __str__(self):
+        return f"{self.model} on {self.target}"
+
+
+TPU = [
+    Build("Llama-3-8B", "v5e-8"),
+    Build("Llama-3-8B", "v6e-1"),
+    Build("Llama-3-70B", "v6e-8"),
+    Build("Qwen3-32B", "v5p-8"),
+]
+GPU = [Build("Llama-3-8B", f"h100-{count}") for count in (1, 2, 4)]
+
+
+def write_config(model: str, folder: Path) -> Path:
+    """A folder that holds the model's config.json and nothing else."""
+    folder = folder / model
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[model]))
+    return folder
+
+
+def prepared(build: Build, folder: Path):
+    """What the host would be served with: a runtime.preparation.Prepared."""
+    from converters.checkpoint import open_checkpoint
+    from runtime import machine
+    from runtime.config import EngineConfig
+    from runtime.preparation import prepare
+
+    place = machine.absent(build.target)
+    options = {"tensor_parallel_size": len(place.devices)} | build.options
+    config = EngineConfig(model=str(write_config(build.model, folder)), **options)
+    return prepare(config, open_checkpoint(config.model, needs_weights=False), place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One compiled step of a build."""
+
+    prepared: Any
+    bucket: Any
+    footprint: Any
+    seconds: float
+
+    def check(self) -> None:
+        """What is true of every step on every accelerator."""
+        plan, layout, memory = self.prepared.plan, self.prepared.layout, self.prepared.machine.memory
+        footprint, size = self.footprint, len(layout.devices)
+        assert footprint.arguments + footprint.beside_arguments <= memory.total
+        assert footprint.aliased >= plan.num_pages * plan.page_bytes // size
+        limit = (64 if self.bucket.is_decode else 256) * MIB
+        assert footprint.temporaries < limit, f"{self.bucket}: {footprint.temporaries / MIB:,.0f} MiB of temporaries"
+        assert not footprint.moved(self.held())
+        config, counts = self.prepared.checkpoint.config, footprint.collectives()
+        assert set(counts) <= ({"all-reduce", "all-gather", "all-to-all"} if size > 1 else set())
+        assert self.num_sums == (2 * config.num_layers + (plan.vocab_size % size == 0) if size > 1 else 0)
+        assert footprint.gathered() < min(map(_num_bytes, self.weights()))
+
+    @property
+    def num_sums(self) -> int:
+        """All-reduces of the tokens' hidden states; what is sampled may travel by all-reduce too."""
+        hidden = (self.bucket.num_tokens, self.prepared.checkpoint.config.hidden_size)
+        sums = (i for i in self.footprint.instructions if i.op == "all-reduce")
+        return sum(i.times for i in sums for array in i.arrays[:1] if array.shape == hidden)
+
+    def weights(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(HLO dtype, shape) of each matrix as a device holds it, all layers and one."""
+        wheres, held = self.prepared.layout.shardings(self.prepared.shapes), []
+        for name, shape in self.prepared.shapes.items():
+            part = wheres[name].shard_shape(shape.shape)
+            layers = part[1:] if self.prepared.plan.stacked and name.startswith("layers.") else part
+            held += [(HLO_NAMES[shape.dtype.name], p) for p in {part, layers} if len(p) > 1]
+        return held
+
+    def held(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The same, and the pages."""
+        of_pages = self.prepared.programs[self.bucket].args[1].caches
+        pages = [(HLO_NAMES[c.dtype.name], c.sharding.shard_shape(c.shape)) for c in of_pages]
+        return self.weights() + pages
+
+
+def _num_bytes(held):
+    return math.prod(held[1]) * (1 if held[0] == "s8" else 2)
+
+
+def measured(build: Build, folder: Path, rows: int = 64) -> Iterator[Step]:
+    """The largest decode step of so many rows at most, and the largest chunk."""
+    from runtime.executables import compiled
+    from runtime.footprint import Footprint
+
+    found = prepared(build, folder)
+    buckets = [key for key in found.programs if isinstance(key, Bucket)]
+    decode = max(b for b in buckets if b.is_decode and b.num_rows <= rows)
+    for bucket in (decode, max(b for b in buckets if not b.is_decode)):
+        start = time.perf_counter()
+        program = compiled(found.programs[bucket], found.machine, found.layout.devices)
+        yield Step(found, bucket, Footprint.of(program), time.perf_counter() - start)
