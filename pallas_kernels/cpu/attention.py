@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numba
 import numpy as np
 
-from pallas_kernels.cpu import arrays, ffi, threads, tiles
+from pallas_kernels.cpu import arrays, ffi, outer, pairs, threads, tiles
 from pallas_kernels.cpu import vectors as v
 from pallas_kernels.cpu.ffi import BF16, S8
 
@@ -47,44 +47,6 @@ FLOATS, INTS = 0, 1  # attributes, in alphabetical order
 write_address, attend_address = v.external(WRITE_CHUNK), v.external(ATTEND_CHUNK)
 _compiled = v.inner
 _transpose_bf16, _transpose_f32, _transpose_i8 = (tiles.transpose_tile(kind) for kind in ("bf16", "f32", "i8"))
-
-
-def _panel(rows, vectors):
-    """Compiles the outer product of `rows` rows with any number of columns, a multiple of LANES."""
-    wide, single = tiles.outer_tile(rows, vectors), tiles.outer_tile(rows, 1)
-
-    @_compiled
-    def panel(a, a_stride, b, b_stride, count, columns, c, c_stride, more):
-        n = 0
-        while n + vectors * v.LANES <= columns:
-            wide(a, a_stride, b + 4 * n, b_stride, count, c + 4 * n, c_stride, more)
-            n += vectors * v.LANES
-        while n < columns:
-            single(a, a_stride, b + 4 * n, b_stride, count, c + 4 * n, c_stride, more)
-            n += v.LANES
-
-    return panel
-
-
-_outer_6, _outer_4, _outer_3, _outer_2, _outer_1 = (_panel(*s) for s in [(6, 2), (4, 2), (3, 4), (2, 4), (1, 8)])
-
-
-@_compiled
-def _outer(rows, a, a_stride, b, b_stride, count, columns, c, c_stride, more):
-    """c[rows, columns] (+)= a[rows, count] @ b[count, columns]."""
-    while rows >= 6:
-        _outer_6(a, a_stride, b, b_stride, count, columns, c, c_stride, more)
-        a, c, rows = a + 6 * a_stride, c + 6 * c_stride, rows - 6
-    if rows == 4:
-        _outer_4(a, a_stride, b, b_stride, count, columns, c, c_stride, more)
-        return
-    if rows >= 3:
-        _outer_3(a, a_stride, b, b_stride, count, columns, c, c_stride, more)
-        a, c, rows = a + 3 * a_stride, c + 3 * c_stride, rows - 3
-    if rows == 2:
-        _outer_2(a, a_stride, b, b_stride, count, columns, c, c_stride, more)
-    elif rows == 1:
-        _outer_1(a, a_stride, b, b_stride, count, columns, c, c_stride, more)
 
 
 @_compiled
@@ -191,6 +153,13 @@ def _find_task(job, task):
 
 
 @_compiled
+def _in_pairs(job):
+    """Whether both products are of pairs of bfloat16: of queries and keys, of weights and values."""
+    both = v.load_i64(job + CACHE_DTYPE) == BF16 and v.load_i64(job + INPUT_DTYPE) == BF16
+    return v.HAS_BF16_DOT and both
+
+
+@_compiled
 def _load_queries(job, head, token, queries, target):
     """Queries of one kv head, normalised, rotated and scaled: row j * G + g."""
     groups, size = v.load_i64(job + G), v.load_i64(job + H)
@@ -206,6 +175,8 @@ def _load_queries(job, head, token, queries, target):
             _rotate(job, token + j, place)
             for h in range(0, size, v.LANES):
                 v.store_v(place + 4 * h, v.mul(v.load_v(place + 4 * h), v.splat(scale)))
+    if _in_pairs(job):
+        pairs.narrow(target, queries * groups, size)
 
 
 @_compiled
@@ -234,7 +205,7 @@ def _locate_keys(job, row, start, oldest, end, zeros, places):
 
 @_compiled
 def _widen_keys(job, head, places, following, keys, k_HU, v_UH):
-    """One head's keys transposed to [H, BLOCK] and its values to [BLOCK, H], float32.
+    """One head's keys transposed to [H, BLOCK] and its values to [BLOCK, H]: float32, or pairs of bfloat16.
 
     Meanwhile the following block is fetched, a little at a time: all at once would stall.
     """
@@ -242,6 +213,9 @@ def _widen_keys(job, head, places, following, keys, k_HU, v_UH):
     itemsize = arrays.itemsize(dtype)
     half = size * itemsize
     key = 2 * head * half  # bytes into a token
+    if _in_pairs(job):
+        pairs.unpack(places, following, key, size, keys, BLOCK, k_HU, v_UH)
+        return
     for u in range(0, keys, 8):
         for h in range(0, size, 8):
             target = k_HU + 4 * (h * BLOCK + u)
@@ -267,7 +241,7 @@ def _soften(job, scores, columns, first, limit, peak, out):
     Keys [first, limit) of the block are seen. At `peak` lie the running maximum and the running sum.
     """
     soft_cap, masked = v.load_f32(job + SOFT_CAP), v.splat(MASKED)
-    edge = first > 0 or limit < columns
+    edge, narrow = first > 0 or limit < columns, _in_pairs(job)
     low, high = v.splat(numba.float32(first) - numba.float32(0.5)), v.splat(numba.float32(limit) - numba.float32(0.5))
     top = masked
     for u in range(0, columns, v.LANES):
@@ -289,7 +263,10 @@ def _soften(job, scores, columns, first, limit, peak, out):
         score = v.load_v(scores + 4 * u)
         weight = v.where_above(score, unseen, v.exp(v.sub(score, shift)), v.splat(0.0))
         sums = v.add(sums, weight)
-        v.store_v(scores + 4 * u, weight)
+        if narrow:
+            v.store_v_bf16(scores + 2 * u, weight)
+        else:
+            v.store_v(scores + 4 * u, weight)
     decay = v.exp(v.splat(before - highest))
     v.store_f32(peak, highest)
     v.store_f32(peak + 4, v.load_f32(peak + 4) * v.first(decay) + v.total(sums))
@@ -325,7 +302,7 @@ def _attend(job, chunk, thread):
     zeros = other + 8 * BLOCK
     for h in range(0, v.load_i64(job + C) * size, v.LANES):
         v.store_v(zeros + 4 * h, v.splat(0.0))
-    window = v.load_i64(job + WINDOW)
+    window, paired = v.load_i64(job + WINDOW), _in_pairs(job)
     oldest, end = max(0, position - window + 1), position + queries  # keys that the tile sees
     start = oldest // BLOCK * BLOCK
     _locate_keys(job, row, start, oldest, end, zeros, places)
@@ -339,12 +316,21 @@ def _attend(job, chunk, thread):
         for k in range(heads):
             _widen_keys(job, head + k, places, other, columns, keys_HU, values_UH)
             mine = k * rows
-            _outer(rows, q + 4 * mine * size, 4 * size, keys_HU, 4 * BLOCK, size, columns, scores, 4 * BLOCK, 0)
+            if paired:
+                mine_q, count = q + 4 * mine * size, size // 2
+                outer.pairs(rows, mine_q, 2 * size, keys_HU, 4 * BLOCK, count, columns, scores, 4 * BLOCK, 0)
+            else:
+                mine_q = q + 4 * mine * size
+                outer.floats(rows, mine_q, 4 * size, keys_HU, 4 * BLOCK, size, columns, scores, 4 * BLOCK, 0)
             for i in range(rows):
                 seen = position + i // groups + 1 - start
                 unseen, line = max(0, seen - window), out + 4 * (mine + i) * size
                 _soften(job, scores + 4 * BLOCK * i, columns, unseen, seen, peaks + 8 * (mine + i), line)
-            _outer(rows, scores, 4 * BLOCK, values_UH, 4 * size, columns, size, out + 4 * mine * size, 4 * size, 1)
+            line = out + 4 * mine * size
+            if paired:
+                outer.pairs(rows, scores, 4 * BLOCK, values_UH, 4 * size, columns // 2, size, line, 4 * size, 1)
+            else:
+                outer.floats(rows, scores, 4 * BLOCK, values_UH, 4 * size, columns, size, line, 4 * size, 1)
         start += BLOCK
         places, other = other, places
 

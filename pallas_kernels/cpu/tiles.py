@@ -124,10 +124,13 @@ def dot_tile_i8(rows, outs):
 def dot_tile_pairs(rows, outs):
     """As `dot_tile` for bfloat16 x and w, count a multiple of 32, by products of pairs (AVX512-BF16)."""
 
-    def step(b, total, x, w):
-        return v.call(b, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, total, b.bitcast(x, v.VBF16), b.bitcast(w, v.VBF16))
-
+    step = lambda b, total, x, w: _add_pairs(b, x, w, total)
     return _narrow_tile(rows, outs, f"dot_{rows}x{outs}_pairs", v.constant(VF32, 0.0), step)
+
+
+def _add_pairs(b, x, y, total):
+    """total + x[2 i] * y[2 i] + x[2 i + 1] * y[2 i + 1], for registers of bfloat16."""
+    return v.call(b, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, total, b.bitcast(x, v.VBF16), b.bitcast(y, v.VBF16))
 
 
 @functools.cache
@@ -206,11 +209,13 @@ def _store_sums(b, sums, y, y_stride, rows, outs, more):
 
 
 @functools.cache
-def outer_tile(rows, vectors):
+def outer_tile(rows, vectors, pairs=False):
     """c[m, n] (+)= sum over k of a[m, k] * b[k, n], for `rows` rows and `vectors` registers of n, all float32.
 
     The op takes (a, a_stride, b, b_stride, count, c, c_stride, more), as `dot_tile` does.
     """
+
+    step = _add_pairs if pairs else v.fused
 
     def tile(b, a, a_stride, matrix, b_stride, count, c, c_stride, more):
         a_rows, c_rows = _step(b, a, a_stride, rows), _step(b, c, c_stride, rows)
@@ -232,19 +237,19 @@ def outer_tile(rows, vectors):
                 for n, load in enumerate(load_b):
                     column = load()
                     for m, value in enumerate(values):
-                        after[m * vectors + n] = v.fused(b, value, column, state[m * vectors + n])
+                        after[m * vectors + n] = step(b, value, column, state[m * vectors + n])
             else:
                 columns = [load() for load in load_b]
                 for m, load in enumerate(load_a):
                     value = load()
                     for n, column in enumerate(columns):
-                        after[m * vectors + n] = v.fused(b, value, column, state[m * vectors + n])
+                        after[m * vectors + n] = step(b, value, column, state[m * vectors + n])
             return after
 
         for place, value in zip(places, sums, strict=True):
             v.store(b, value, place, 4)
 
-    tile.__name__ = f"outer_{rows}x{vectors}"
+    tile.__name__ = f"outer_{rows}x{vectors}{'_pairs' if pairs else ''}"
     return v.op(types.none, *[types.intp] * 8)(tile)
 
 
@@ -281,3 +286,44 @@ def transpose_tile(dtype):
 
 # Where each column ends up after the three exchanges: the first two work on pairs, so bits 0 and 1 trade places.
 TRANSPOSED = [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@functools.cache
+def transpose_words():
+    """Turns 16 words of 32 bits of each of 16 rows into 16 rows of 16.
+
+    The op takes (rows, offset, target, stride), as that of `transpose_tile` does.
+    """
+
+    def tile(b, rows, offset, target, stride):
+        lines = []
+        for i in range(16):
+            row = v.load(b, b.add(rows, ir.Constant(I64, 8 * i)), I64, 8)
+            lines.append(v.load(b, b.add(row, offset), VI32, 2))
+        # Words, pairs and quarters trade places: each time half of a row with half of the row `apart` from it.
+        for apart in (1, 2, 4, 8):
+            low = [i if not i & apart else 16 + (i ^ apart) for i in range(16)]
+            high = [i ^ apart if not i & apart else 16 + i for i in range(16)]
+            after = list(lines)
+            for i in range(16):
+                if not i & apart:
+                    after[i] = v.shuffle(b, lines[i], lines[i + apart], low)
+                    after[i + apart] = v.shuffle(b, lines[i], lines[i + apart], high)
+            lines = after
+        for line, place in zip(lines, _step(b, target, stride, 16), strict=True):
+            v.store(b, line, place, 4)
+
+    return v.op(types.none, *[types.intp] * 4)(tile)
+
+
+@functools.cache
+def interleave_rows():
+    """The op (first, second, target) writes 32 elements of 16 bits of two rows in turn: one of each, 128 bytes."""
+
+    def tile(b, first, second, target):
+        x, y = (v.load(b, row, ir.VectorType(v.I16, 32), 2) for row in (first, second))
+        for half in range(2):
+            places = [i // 2 + 16 * half + 32 * (i % 2) for i in range(32)]
+            v.store(b, v.shuffle(b, x, y, places), b.add(target, ir.Constant(I64, 64 * half)), 4)
+
+    return v.op(types.none, *[types.intp] * 3)(tile)
