@@ -255,14 +255,13 @@ class _Tile:
         carry = self.start(split, smem["row_smem"])
 
         def fold(b, carry):
-            slot = lax.rem(b - block, self.stages)
-            carry = self.fold(b, slot, position, low, end, carry, **smem)
-
-            @pl.when(b + self.stages < stop)
+            # The slot that the last turn has emptied. Here and not at that turn's end, where the compiler would carry
+            # its sums and products past the branch, which are more than the registers hold.
+            @pl.when((b > block) & (b + self.stages - 1 < stop))
             def _next():
-                fetch(b + self.stages, slot)
+                fetch(b + self.stages - 1, lax.rem(b - 1 - block, self.stages))
 
-            return carry
+            return self.fold(b, lax.rem(b - block, self.stages), position, low, end, carry, **smem)
 
         accs, top_R, total_R = lax.fori_loop(block, stop, fold, carry)
         self.finish(accs, top_R, total_R, out.at[tile, head, split], lse.at[tile, head, split], **smem)
@@ -329,10 +328,13 @@ class _Tile:
 
     def seen(self, block, position, low, end):
         """Which keys of a block each query row sees: [low, position] at the first token, a key further at each."""
-        iota = functools.partial(plgpu.broadcasted_iota, jnp.int32, (TILE, TILE), layout=plgpu.Layout.WGMMA)
-        token_RU = lax.div(iota(0), jnp.full((TILE, TILE), self.G, jnp.int32))
-        key_RU = block * TILE + iota(1)
-        return (key_RU <= position + token_RU) & (key_RU >= low + token_RU) & (key_RU < end)
+        # Bounds by row and columns by themselves: a position for each of the tile's elements would fill the registers.
+        token_R = lax.div(_iota((TILE,), 0, plgpu.Layout.WGMMA.reduce(1)), jnp.full((TILE,), self.G, jnp.int32))
+        first_R = low + token_R - block * TILE
+        last_R = jnp.minimum(position + token_R, end - 1) - block * TILE
+        column_RU = _iota((TILE, TILE), 1, plgpu.Layout.WGMMA)
+        wide = lambda x_R: lax.broadcast_in_dim(x_R, (TILE, TILE), [0])
+        return (column_RU >= wide(first_R)) & (column_RU <= wide(last_R))
 
     def finish(self, accs, top_R, total_R, out, lse, *, out_smem, row_smem, **_):
         divisor_R = jnp.maximum(total_R, 1e-30)
@@ -348,6 +350,10 @@ class _Tile:
         plgpu.wait_smem_to_gmem(0)
 
 
+def _iota(shape, axis, layout):
+    return plgpu.layout_cast(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout), layout)
+
+
 def page_id(pages, row, p):
     return pages[row, p]
 
@@ -359,7 +365,10 @@ def wait(barriers, slot):
 
 def blank(v_smem, begin, end):
     """Zeroes the values of tokens outside [begin, end), which may be anything: 0 times NaN is NaN."""
-    value_UH = plgpu.layout_cast(v_smem[...], plgpu.Layout.WGMMA)
-    token_UH = plgpu.broadcasted_iota(jnp.int32, v_smem.shape, 0, layout=plgpu.Layout.WGMMA)
-    v_smem[...] = jnp.where((token_UH >= begin) & (token_UH < end), value_UH, jnp.zeros_like(value_UH))
+    width = min(v_smem.shape[1], 64)
+    token_UH = _iota((v_smem.shape[0], width), 0, plgpu.Layout.WGMMA)
+    for first in range(0, v_smem.shape[1], width):  # all at once would not fit the registers beside the accumulators
+        part = v_smem.at[:, pl.ds(first, width)]
+        value_UH = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+        part[...] = jnp.where((token_UH >= begin) & (token_UH < end), value_UH, jnp.zeros_like(value_UH))
     plgpu.commit_smem()

@@ -27,7 +27,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("N, K, H, B, dtype, T, is_kernel", CASES.values(), ids=CASES)
-def test_attention_compiles_and_writes_pages_in_place(N, K, H, B, dtype, T, is_kernel):
+def test_attention_compiles_and_writes_pages_in_place(N, K, H, B, dtype, T, is_kernel, tmp_path):
     P, S, M = 256, 64, 64
     array = jax.ShapeDtypeStruct
     shapes = [
@@ -36,8 +36,15 @@ def test_attention_compiles_and_writes_pages_in_place(N, K, H, B, dtype, T, is_k
         *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]),
     ]
     step = functools.partial(ragged_paged_attention, scale=0.1)
-    executable, _ = absent_gpu.compile_for_h100(step, shapes, donate=(3,))
+    executable, _ = absent_gpu.compile_for_h100(step, shapes, donate=(3,), dump=tmp_path)
     assert ("mosaic_gpu" in executable.as_text()) == is_kernel
     memory = executable.memory_analysis()
     assert memory.alias_size_in_bytes >= int(np.prod(shapes[3].shape)) * shapes[3].dtype.itemsize
     assert memory.temp_size_in_bytes < 64 * 2**20
+    if absent_gpu.assembler() is None:
+        return
+    kernels = absent_gpu.kernels(tmp_path)
+    assert len(kernels) == (2 if is_kernel else 0)  # decodes, and rows of any length
+    for kernel in kernels:
+        assert kernel.spilled_bytes <= (64 if H == 256 else 0)  # accumulators of 256 are half of all registers
+        assert kernel.shared_bytes <= (227 * 1024 if H == 256 else 227 * 1024 // 2)  # else two blocks a multiprocessor

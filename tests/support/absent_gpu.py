@@ -1,8 +1,16 @@
-"""Compiling for a GPU that is not there, by JAX's CUDA plugin, on a machine without CUDA or a driver."""
+"""Compiling for a GPU that is not there, by JAX's CUDA plugin, on a machine without CUDA or a driver.
 
+`compile_for_h100` gives the executable; with `dump`, `kernels` tells what CUDA's own assembler makes of Mosaic's PTX.
+"""
+
+import dataclasses
 import glob
 import importlib.util
 import os
+import pathlib
+import re
+import shutil
+import subprocess
 import time
 
 
@@ -17,8 +25,10 @@ def prepare() -> str | None:
     return None
 
 
-def compile_for_h100(function, shapes, donate=()):
+def compile_for_h100(function, shapes, donate=(), dump: pathlib.Path | None = None):
     """Lowers and compiles for one H100. Returns the executable and the seconds it took."""
+    if dump is not None:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -34,3 +44,37 @@ def compile_for_h100(function, shapes, donate=()):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         executable = jax.jit(function, donate_argnums=donate).lower(*args).compile()
     return executable, time.perf_counter() - start
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One Mosaic kernel as assembled for an H100.
+
+    Attributes:
+        registers: of a thread; 255 is the most.
+        spilled_bytes: stored and loaded because they did not fit.
+        shared_bytes: of a block of threads.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def assembler() -> str | None:
+    """CUDA's ptxas, where there is one."""
+    return shutil.which("ptxas") or next(iter(sorted(glob.glob("/usr/local/cuda*/bin/ptxas"))), None)
+
+
+def kernels(dump: pathlib.Path) -> list[Kernel]:
+    """Assembles every kernel that was dumped."""
+    found = []
+    for ptx in sorted(dump.glob("*.ptx")):
+        command = [assembler(), "-arch=sm_90a", "-v", str(ptx), "-o", os.devnull]
+        says = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        registers, *_ = map(int, re.findall(r"Used (\d+) registers", says))
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", says)))
+        resources = ptx.with_suffix(".resources.txt").read_text()
+        (shared,) = re.findall(r"smem_scratch_bytes=(\d+)", resources)
+        found.append(Kernel(registers, spilled, int(shared)))
+    return found
