@@ -6,6 +6,7 @@
 #   make fix       format and mend             make bench   the tables of tests/bench; BENCH=name for one
 #   make tpu       compiles kernels and steps for TPUs, with libtpu in a folder of its own; no TPU is needed
 #   make gpu       the same for an H100, with JAX's CUDA plugin; no GPU is needed
+#   make builds    a table of published models compiled for TPU and GPU hosts; ARGS="--only v6e" for some
 #   make plots     the pictures of README, of what make bench measured
 #   make parity    Hugging Face's own code over the golden checkpoints, compared; torch gets a venv of its own
 #   make clients   other people's clients against a real server, each in a venv of its own; CLIENTS=name for one
@@ -20,7 +21,7 @@ READY := $(VENV)/.ready
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
-BENCH ?= $(filter-out plots test_%,$(basename $(notdir $(wildcard tests/bench/*.py))))
+BENCH ?= $(filter-out builds plots test_%,$(basename $(notdir $(wildcard tests/bench/*.py))))
 PARITY_VENV := .cache/parity
 PARITY := $(PARITY_VENV)/.ready
 CLIENT_VENVS := .cache/clients
@@ -48,7 +49,7 @@ echo "no Python 3.11 or newer with the venv module was found; install one (on De
 exit 1
 endef
 
-.PHONY: serve check test slow tpu gpu fix parity clients bench plots lint types clean
+.PHONY: serve check test slow tpu gpu builds fix parity clients bench plots lint types clean
 
 serve: $(READY)
 	$(PY) -m runtime.serve $(MODEL) --port $(PORT) $(ARGS)
@@ -74,6 +75,9 @@ tpu: $(READY) .cache/tpu/.ready
 
 gpu: $(READY) .cache/gpu/.ready
 	PYTHONPATH=.cache/gpu $(PY) -m pytest -q -m gpu -n $(WORKERS) $$(grep -rl mark.gpu tests --include=test_*.py) $(ARGS)
+
+builds: $(READY) .cache/tpu/.ready .cache/gpu/.ready
+	PYTHONPATH=.cache/tpu:.cache/gpu $(PY) -m tests.bench.builds $(ARGS)
 
 # The releases that fit the installed JAX: of libtpu the one that it asks for, of the plugin its own.
 .cache/tpu/.ready: $(READY)

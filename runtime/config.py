@@ -20,6 +20,8 @@ KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTIZATIONS = (None, "int8")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 MIB = 2**20
+STEP_BYTES = 256 * MIB  # of a device's memory that a step needs beside weights, pages and scores
+SCORES = 4  # arrays of scores, float32[rows, vocabulary], that it may have at once
 SPREAD_BYTES = 256 * MIB  # of a host's memory that cached prefixes may take while nobody needs it
 
 
@@ -301,10 +303,10 @@ def settle(
         kv_bytes = max(kv_bytes, min(page_columns * page_bytes, max(0, memory.free - weight_bytes) // 2))
         why = f"2 GiB, or a quarter of free memory; taken as used, {SPREAD_BYTES // MIB} MiB by cached prefixes alone"
     else:
-        kv_bytes, why = (
-            limit - weight_bytes - 512 * MIB * num_devices,
-            (f"{config.gpu_memory_utilization:.0%} of memory less weights and 512 MiB for a step"),
-        )
+        step_bytes = STEP_BYTES + SCORES * 4 * max_num_seqs * vocab_size // num_devices
+        kv_bytes = limit - weight_bytes - step_bytes * num_devices
+        share = f"{config.gpu_memory_utilization:.0%}"
+        why = f"{share} of memory less weights and {step_bytes / MIB:,.0f} MiB on each device for a step"
     if on_cpu and kv_bytes + weight_bytes > memory.free:
         raise ConfigError(
             f"weights ({weight_bytes / MIB:,.0f} MiB) and pages ({kv_bytes / MIB:,.0f} MiB) do not fit the "

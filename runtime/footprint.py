@@ -121,9 +121,9 @@ class Footprint:
             if found.op in moves and any(a.is_main and alike(a.dtype, a.shape) in wanted for a in found.arrays[:1])
         ]
 
-    def gathered(self) -> int:
-        """Bytes of the largest result of an all-gather."""
-        return max((a.num_bytes for i in self.instructions if i.op == "all-gather" for a in i.arrays), default=0)
+    def gathered(self) -> list[Array]:
+        """The results of all-gathers."""
+        return [array for found in self.instructions if found.op == "all-gather" for array in found.arrays]
 
 
 def instructions(hlo: str) -> list[Instruction]:

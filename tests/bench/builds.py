@@ -1,4 +1,4 @@
-"""Published models compiled for hosts that are not here: `make bench BENCH=builds`.
+"""Published models compiled for hosts that are not here: `make builds`.
 
 One row a step: the largest decode step of up to 64 rows, and the largest chunk. Memory is the executable's own
 analysis, of one device; collectives are counted in the optimised HLO, loops unrolled; floors are roofline estimates.

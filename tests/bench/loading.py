@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint")
     parser.add_argument("--runs", type=int, default=3, help="of each row; the table has the median")
+    parser.add_argument("--kinds", default="bf16,int8", help="of weights")
     parser.add_argument("--folder", type=Path, help="where to work; needs three times the checkpoint's size")
     parser.add_argument("--json", type=Path, default=server_process.ROOT / ".cache" / "bench" / "loading.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -152,14 +154,14 @@ def main() -> int:
         if (free := shutil.disk_usage(folder).free) < needed:
             print(f"{folder} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} are needed; give another --folder")
             return 1
-        rows = table(folder, int(1e9 * args.gigabytes), args.runs)
+        rows = table(folder, int(1e9 * args.gigabytes), args.runs, args.kinds.split(","))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({"machine": bench.machine(), "rows": rows}, indent=1) + "\n")
     print(f"written: {args.json}")
     return 0
 
 
-def table(folder: Path, num_bytes: int, runs: int) -> list[dict]:
+def table(folder: Path, num_bytes: int, runs: int, kinds: Sequence[str]) -> list[dict]:
     print("\n".join(f"{name:10} {value}" for name, value in bench.machine().items()))
     model = folder / "model"
     model.mkdir()
@@ -185,7 +187,8 @@ def table(folder: Path, num_bytes: int, runs: int) -> list[dict]:
             f"{mib[2]:>7,}", flush=True,
         )  # fmt: skip
 
-    for kind, options in {"bf16": {}, "int8": {"quantization": "int8"}}.items():
+    for kind in kinds:
+        options = {} if kind == "bf16" else {"quantization": kind}
         cache = folder / "cache"
         for devices in (1, 2, 4):
             row(kind, "safetensors", None, devices, **options)

@@ -1,11 +1,12 @@
 """`runtime.build` and `runtime.plan`: from a config alone to the programs that serve finds, and clear refusals."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
 
-from runtime import build
+from runtime import build, chips, wishes
 from runtime.config import EngineConfig
 from runtime.engine import Engine
 
@@ -74,6 +75,24 @@ def test_without_its_compiler_a_target_says_how_to_get_it(config_alone, monkeypa
     assert "needs its compiler, no device: pip install 'jax[tpu]==" in capsys.readouterr().err
     assert build.main([str(config_alone), "--target", "h100-1"]) == 1
     assert "pip install --no-deps jax-cuda13-plugin==" in capsys.readouterr().err
+
+
+def test_the_readmes_commands_are_understood():
+    """Those of the section on deploying: flags, targets and modules; the build itself is tested on small models."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    section = text.split("## Deploying on a TPU VM")[1].split("\n## ")[0]
+    commands = [line.split("#")[0].split() for line in section.splitlines() if line.startswith("python -m runtime.")]
+    assert {words[2] for words in commands} >= {"runtime.plan", "runtime.build", "runtime.serve"}
+    for words in commands:
+        more = () if words[2] == "runtime.serve" else (build.TARGET,)
+        sections, notes = wishes.read(words[3:], {}, more)
+        assert sections["start"]["model"] and not notes
+        if "build" in sections:
+            assert chips.named(sections["build"]["target"])
+    targets = [
+        f"{chip.name}-{count}" for chip in chips.CHIPS.values() if chip.platform == "tpu" for count in chip.counts
+    ]
+    assert all(target in section for target in targets)
 
 
 def test_help_is_no_traceback(capsys):

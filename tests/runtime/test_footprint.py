@@ -62,7 +62,7 @@ def footprint(hlo=HLO):
 
 def test_a_collective_counts_as_often_as_its_loop_turns():
     assert footprint().collectives() == {"all-reduce": 64, "all-gather": 1}
-    assert footprint().gathered() == 32
+    assert [(array.dtype, array.shape, array.num_bytes) for array in footprint().gathered()] == [("s32", (8,), 32)]
 
 
 def test_a_tpus_loops_tell_their_length_by_their_condition():
