@@ -84,7 +84,7 @@ def load_once(model: str, cache: str, quantization: str, stacked: bool, place: d
     from models.interface import abstract, logical_axes
     from runtime import mesh, weights
 
-    plan = types.SimpleNamespace(dtype="bfloat16", quantization=quantization or None, stacked=stacked)
+    plan = types.SimpleNamespace(platform="cpu", dtype="bfloat16", quantization=quantization or None, stacked=stacked)
     checkpoint, size = open_checkpoint(model), len(jax.devices())
     config, options = mesh.fit(checkpoint.config, size), {"is_int8": quantization == "int8"}
     _, shapes = abstract(checkpoint.model_class, config, "bfloat16", stacked, **options)
