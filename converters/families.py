@@ -57,6 +57,6 @@ def family_of(fields: Fields) -> Family:
         method = fields.inner("quantization_config").values.get("quant_method", "unnamed")
         raise ConversionError(
             f"{fields.where}: weights quantised by {method!r} cannot be read; use the "
-            "unquantised checkpoint, with --quantization int8 where it must be small, or a GGUF"
+            "unquantised checkpoint, with --quantization int8 or int4 where it must be small, or a GGUF"
         )
     return family

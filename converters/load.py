@@ -12,7 +12,7 @@ from converters.parts import fill
 from converters.place import Made, place
 from converters.rules import ConversionError, Piece, match_tensors
 
-Rounding = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Rounding = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 def load_weights(
@@ -20,7 +20,7 @@ def load_weights(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     *,
     wheres: Mapping[str, Any] | None = None,
-    rounding: Rounding | None = None,
+    roundings: Mapping[str, Rounding] | None = None,
     progress: Callable[[int, int], None] | None = None,
     by_slabs: bool | None = None,
 ) -> dict[str, jax.Array]:
@@ -31,7 +31,8 @@ def load_weights(
     Args:
         shapes: from models.interface.abstract, which settles names, stacking and dtypes.
         wheres: {name: sharding or format}; the first device when None.
-        rounding: float32 rows -> (rounded rows, their scales), for weights "x" beside which is an "x_scale".
+        roundings: {dtype: float32 rows -> (rows in that dtype, their scales)}, for weights "x" beside which is an
+            "x_scale", and perhaps an "x_offset", which it then gives too; the rows given are used up.
         progress: called as progress(bytes done, bytes in all).
         by_slabs: see converters.place.
 
@@ -40,7 +41,7 @@ def load_weights(
     """
     if wheres is None:
         wheres = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    scales = _scales(shapes) if rounding else {}
+    beside = _beside(shapes)
     pieces = check_fits(checkpoint, shapes)
 
     def made(name):
@@ -48,16 +49,17 @@ def load_weights(
             fill(arrays[name], checkpoint.source, pieces[name], box)
 
         def rounded(box, arrays):
-            assert rounding is not None
-            sizes = [side.stop - side.start for side in box]
+            assert roundings is not None
+            rounding, sizes = roundings[shapes[name].dtype.name], [side.stop - side.start for side in box]
             rows = np.empty((*sizes, shapes[name].shape[-1]), np.float32)
             fill(rows, checkpoint.source, pieces[name], (*box, slice(0, rows.shape[-1])))
-            arrays[name][...], arrays[scales[name]][...] = rounding(rows)
+            for made_name, found in zip((name, *beside[name]), rounding(rows), strict=True):
+                arrays[made_name][...] = found
 
-        if name not in scales:
+        if name not in beside:
             return Made((name,), len(shapes[name].shape), whole)
         *common, width = shapes[name].shape
-        return Made((name, scales[name]), len(common), rounded, step_bytes=16 * width)  # and what rounding makes
+        return Made((name, *beside[name]), len(common), rounded, step_bytes=16 * width)  # and what rounding makes
 
     with _named(checkpoint):
         return place([made(name) for name in pieces], shapes, wheres, progress=progress, by_slabs=by_slabs)
@@ -69,13 +71,16 @@ def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct
     Raises:
         ConversionError: the checkpoint does not fit the model.
     """
-    stored = {name: shape for name, shape in shapes.items() if name not in _scales(shapes).values()}
+    made = {name for names in _beside(shapes).values() for name in names}
+    stored = {name: shape for name, shape in shapes.items() if name not in made}
     with _named(checkpoint):
         return match_tensors(checkpoint.source.tensors, checkpoint.rules, stored)
 
 
-def _scales(shapes):
-    return {name: f"{name}_scale" for name in shapes if f"{name}_scale" in shapes}
+def _beside(shapes):
+    """{weight: its scales, and its offsets where it has some}."""
+    found = {name: (f"{name}_scale", f"{name}_offset") for name in shapes if f"{name}_scale" in shapes}
+    return {name: tuple(other for other in others if other in shapes) for name, others in found.items()}
 
 
 @contextlib.contextmanager

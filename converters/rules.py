@@ -123,7 +123,7 @@ def _check_floats(name, info):
     if info.dtype.kind in "iub":
         raise ConversionError(
             f"tensor {name!r} holds {info.dtype.name}: these weights are quantised in a way that is not read; use the "
-            "unquantised checkpoint with --quantization int8, or a GGUF"
+            "unquantised checkpoint with --quantization int8 or int4, or a GGUF"
         )
 
 

@@ -55,27 +55,26 @@ class Graph:
 
 
 def abstract(
-    model_class, config, dtype, stacked: bool = False, *, is_int8: bool = False
+    model_class, config, dtype, stacked: bool = False, *, quantization: str | None = None
 ) -> tuple[Graph, dict[str, jax.ShapeDtypeStruct]]:
     """The model as shapes: no weight is allocated.
 
     Args:
         dtype: what every weight is held in.
         stacked: fold each Stack's layers into `[L, ...]` weights.
-        is_int8: products have int8 weights, and beside "x.kernel" stands "x.kernel_scale", float32.
+        quantization: "int8" or "int4": beside the integers "x.kernel" stands "x.kernel_scale", and for int4
+            "x.kernel_offset".
 
     Returns:
         the graph for `bind`, and {name: shape and dtype} of every weight.
     """
-    graphdef, state = nnx.split(_shapes(model_class, config, stacked, is_int8))
+    graphdef, state = nnx.split(_shapes(model_class, config, stacked, quantization))
     flat = [(path, leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]
     graph = Graph(graphdef, tuple((_name(path), path) for path, _ in flat))
     shapes = {_name(path): jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in flat}
-    for path, leaf in flat:
-        if leaf.dtype == jnp.int8:
-            shapes[_name(path)] = leaf
-            scale = f"{_name(path)}_scale"
-            shapes[scale] = jax.ShapeDtypeStruct(shapes[scale].shape, jnp.float32)
+    integers = [_name(path) for path, leaf in flat if leaf.dtype in (jnp.int8, jnp.int4)]
+    kept = {f"{name}{suffix}" for name in integers for suffix in ("", "_scale", "_offset")}
+    shapes |= {_name(path): leaf for path, leaf in flat if _name(path) in kept}
     return graph, shapes
 
 
@@ -89,10 +88,10 @@ def bind(graph: Graph, weights: Mapping[str, Any]):
 
 
 def logical_axes(
-    model_class, config, stacked: bool = False, *, is_int8: bool = False
+    model_class, config, stacked: bool = False, *, quantization: str | None = None
 ) -> dict[str, tuple[str | None, ...]]:
     """The logical axis names of every weight, for a table that maps them onto a mesh; "layers" is a stack's first."""
-    model = _shapes(model_class, config, stacked, is_int8)
+    model = _shapes(model_class, config, stacked, quantization)
     axes = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         folded = leaf.get_value().ndim - len(leaf.axes)
@@ -100,11 +99,11 @@ def logical_axes(
     return axes
 
 
-def _shapes(model_class, config, stacked, is_int8=False):
+def _shapes(model_class, config, stacked, quantization):
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
-    for _, module in list(nnx.iter_modules(model)) if is_int8 else ():
+    for _, module in list(nnx.iter_modules(model)) if quantization else ():
         if isinstance(module, Linear | Embedding):
-            module.quantise()
+            module.quantise(quantization)
     if stacked:
         for _, module in list(nnx.iter_modules(model)):
             if isinstance(module, Stack):

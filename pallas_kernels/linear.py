@@ -4,8 +4,11 @@ A decoder block is a few of these and an attention: normalise and project, add t
 call here, because on a CPU it is one pass over the weights; elsewhere the reference leaves the fusing to XLA.
 
 Dimension key
-    T  tokens in the step     I  inputs     O  outputs
+    T  tokens in the step     I  inputs     O  outputs     J  groups of inputs     G  inputs of a group, I / J
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,8 @@ from pallas_kernels import cpu
 from pallas_kernels.platform import current_platform
 
 MATRIX_UNIT_ROWS = 32  # a guess: no machine with AMX was at hand to measure
+
+WIDENED = 2**23  # int4 weights that are floats at a time
 
 ACTIVATIONS = {
     None: lambda x: x,
@@ -29,6 +34,7 @@ def linear(
     num_tokens=None,
     *,
     kernel_scale=None,
+    kernel_offset=None,
     norm_I=None,
     norm_eps=1e-6,
     norm_offset=0.0,
@@ -45,9 +51,11 @@ def linear(
 
     Args:
         x_TI: tokens, bfloat16 or float32.
-        kernel: weights `[O, I]`, or gate and up `[2, O, I]`, any float dtype, or int8 in [-127, 127].
-        kernel_scale: what one step of an int8 kernel is worth, `[O]` or `[2, O]`. Tokens are then rounded to int8
-            too, each by its own largest element, and products are exact.
+        kernel: weights `[O, I]`, or gate and up `[2, O, I]`, any float dtype, int8 in [-127, 127], or int4.
+        kernel_scale: what one step of an integer kernel is worth. Of an int8 kernel `[O]` or `[2, O]`: tokens are then
+            rounded to int8 too, each by its own largest element, and products are exact. Of an int4 kernel `[O, J]` or
+            `[2, O, J]`, one for each of J groups of inputs: tokens stay as they are.
+        kernel_offset: what 0 stands for in an int4 kernel, as kernel_scale has it.
         num_tokens: int32 scalar array: rows at or past it are padding. None when all are real.
         norm_I: weights of an RMS norm of x; norm_offset is added to them (Gemma's 1), norm_eps to the mean square.
         residual_TO: added to the result, after the activation.
@@ -60,24 +68,32 @@ def linear(
         `[T, O]`; padding rows hold anything.
 
     Raises:
-        ValueError: the widths differ, an int8 kernel has no scale, or the implementation or activation is unknown.
+        ValueError: the widths differ, an integer kernel has no scale, or the implementation or activation is unknown.
     """
     if x_TI.shape[-1] != kernel.shape[-1]:
         raise ValueError(f"x has {x_TI.shape[-1]} inputs and the kernel {kernel.shape[-1]}; kernels are [out, in]")
-    if (kernel.dtype == jnp.int8) != (kernel_scale is not None):
+    if (kernel.dtype in (jnp.int8, jnp.int4)) != (kernel_scale is not None):
         raise ValueError(
-            f"a {kernel.dtype} kernel and kernel_scale {kernel_scale}; int8 kernels, and only they, have one"
+            f"a {kernel.dtype} kernel and kernel_scale {kernel_scale}; int8 and int4 kernels, and only they, have one"
         )
+    if (kernel.dtype == jnp.int4) != (kernel_offset is not None):
+        raise ValueError(
+            f"a {kernel.dtype} kernel and kernel_offset {kernel_offset}; int4 kernels, and only they, have one"
+        )
+    if kernel_offset is not None and not _are_groups(kernel, kernel_scale, kernel_offset):
+        shapes = f"kernel_scale {kernel_scale.shape} and kernel_offset {kernel_offset.shape}"
+        raise ValueError(f"an int4 kernel {kernel.shape}, {shapes}; groups share a row's inputs evenly")
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {sorted(filter(None, ACTIVATIONS))}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
-    run = IMPLEMENTATIONS[implementation or _fastest(x_TI, kernel)]
+    run = IMPLEMENTATIONS[implementation or _fastest(x_TI, kernel, kernel_scale)]
     return run(
         x_TI,
         kernel,
         num_tokens,
         kernel_scale=kernel_scale,
+        kernel_offset=kernel_offset,
         norm_I=norm_I,
         norm_eps=norm_eps,
         norm_offset=norm_offset,
@@ -88,17 +104,29 @@ def linear(
     )
 
 
+def _are_groups(kernel, scale, offset) -> bool:
+    *out, num_in = kernel.shape
+    return scale.shape == offset.shape == (*out, scale.shape[-1]) and num_in % scale.shape[-1] == 0
+
+
 def reference(
-    x_TI, kernel, num_tokens, *, kernel_scale, norm_I, norm_eps, norm_offset, residual_TO, bias, activation, out_dtype
-):
-    """Plain jnp over all rows, padding too."""
+    x_TI, kernel, num_tokens, *, kernel_scale, kernel_offset, norm_I, norm_eps, norm_offset, residual_TO, bias,
+    activation, out_dtype, multiply_int4=None,
+):  # fmt: skip
+    """Plain jnp over all rows, padding too; multiply_int4(x, kernel, scale, offset) in place of its own where given."""
     if norm_I is not None:
         x = x_TI.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm_eps)
         x_TI = (x * (norm_I.astype(jnp.float32) + norm_offset)).astype(x_TI.dtype)
     # Both halves in one product: cut out of stacked layers one by one, XLA would copy each before it multiplies.
-    flat = lambda a: None if a is None else a.reshape(-1)
-    y_TO = _product(x_TI, kernel.reshape(-1, kernel.shape[-1]), flat(kernel_scale), flat(bias))
+    flat = lambda a: None if a is None else a.reshape(-1, *a.shape[kernel.ndim - 1 :])
+    kernel_OI, scale, bias_O = kernel.reshape(-1, kernel.shape[-1]), flat(kernel_scale), flat(bias)
+    if kernel_offset is None:
+        y_TO = _product(x_TI, kernel_OI, scale)
+    else:
+        y_TO = (multiply_int4 or _multiply_int4)(x_TI, kernel_OI, scale, flat(kernel_offset))
+    if bias_O is not None:
+        y_TO += bias_O.astype(jnp.float32)
     y_TO, *up = jnp.split(y_TO, 2, axis=1) if kernel.ndim == 3 else [y_TO]
     y_TO = ACTIVATIONS[activation](y_TO)
     for up_TO in up:
@@ -108,17 +136,32 @@ def reference(
     return y_TO.astype(out_dtype)
 
 
-def _product(x_TI, kernel_OI, scale_O, bias_O):
+def _product(x_TI, kernel_OI, scale_O):
     if scale_O is None:
         dtype = jnp.promote_types(x_TI.dtype, kernel_OI.dtype)
-        y_TO = _dot(x_TI.astype(dtype), kernel_OI.astype(dtype), jnp.float32)
-    else:
-        x_TI = x_TI.astype(jnp.float32)
-        top_T1 = jnp.max(jnp.abs(x_TI), axis=-1, keepdims=True)
-        top_T1 = jnp.where(top_T1 > 0, top_T1, 1)
-        y_TO = _dot(jnp.round(x_TI * (127 / top_T1)).astype(jnp.int8), kernel_OI, jnp.int32).astype(jnp.float32)
-        y_TO *= scale_O.astype(jnp.float32) * (top_T1 / 127)
-    return y_TO if bias_O is None else y_TO + bias_O.astype(jnp.float32)
+        return _dot(x_TI.astype(dtype), kernel_OI.astype(dtype), jnp.float32)
+    x_TI = x_TI.astype(jnp.float32)
+    top_T1 = jnp.max(jnp.abs(x_TI), axis=-1, keepdims=True)
+    top_T1 = jnp.where(top_T1 > 0, top_T1, 1)
+    y_TO = _dot(jnp.round(x_TI * (127 / top_T1)).astype(jnp.int8), kernel_OI, jnp.int32).astype(jnp.float32)
+    return y_TO * (scale_O.astype(jnp.float32) * (top_T1 / 127))
+
+
+def _multiply_int4(x_TI, kernel_OI, scale_OJ, offset_OJ):
+    """By the kernel as floats, a few outputs after another: the floats of all would be written and read again."""
+
+    def some(kernel_OI, scale_OJ, offset_OJ):
+        scale_OJ1, offset_OJ1 = (of[:, :, None].astype(jnp.float32) for of in (scale_OJ, offset_OJ))
+        kernel_OJG = kernel_OI.reshape(*scale_OJ.shape, -1).astype(jnp.float32) * scale_OJ1 + offset_OJ1
+        return _dot(x_TI, kernel_OJG.reshape(kernel_OI.shape).astype(x_TI.dtype), jnp.float32)
+
+    O, I = kernel_OI.shape
+    parts = next((n for n in range(max(1, O * I // WIDENED), O) if O % n == 0), 1)
+    if parts == 1:
+        return some(kernel_OI, scale_OJ, offset_OJ)
+    cut = lambda a: a.reshape(parts, O // parts, -1)
+    y_PTO = jax.lax.map(lambda part: some(*part), (cut(kernel_OI), cut(scale_OJ), cut(offset_OJ)))
+    return y_PTO.swapaxes(0, 1).reshape(-1, O)
 
 
 def _dot(x_TI, kernel_OI, sums):
@@ -130,14 +173,36 @@ def _dot(x_TI, kernel_OI, sums):
 
 
 def _cpu(x_TI, kernel, num_tokens, **options):
+    if kernel.dtype == jnp.int4:
+        from pallas_kernels.cpu import grouped
+
+        num_threads = cpu.register_int4().num_threads
+        multiply = functools.partial(grouped.multiply, num_tokens=num_tokens, num_threads=num_threads)
+        return reference(x_TI, kernel, num_tokens, multiply_int4=multiply, **options)
     from pallas_kernels.cpu import matmul
 
+    options.pop("kernel_offset")  # only int4 kernels have one
     return matmul.linear(x_TI, kernel, num_tokens, num_threads=cpu.register().num_threads, **options)
 
 
-def _fastest(x_TI, kernel) -> str:
+def _tpu(x_TI, kernel, num_tokens, **options):
+    from pallas_kernels import int4_matmul
+
+    return reference(x_TI, kernel, num_tokens, multiply_int4=int4_matmul.multiply, **options)
+
+
+def _fastest(x_TI, kernel, kernel_scale) -> str:
+    if current_platform() == "tpu" and kernel.dtype == jnp.int4:
+        from pallas_kernels import int4_matmul
+
+        flat = lambda a: jax.ShapeDtypeStruct((math.prod(a.shape[:-1]), a.shape[-1]), a.dtype)
+        return "tpu" if int4_matmul.supports(x_TI, flat(kernel), flat(kernel_scale)) else "reference"
     if current_platform() != "cpu" or not cpu.is_available():
         return "reference"
+    if kernel.dtype == jnp.int4:
+        from pallas_kernels.cpu import grouped
+
+        return "cpu" if grouped.supports(kernel, kernel_scale) else "reference"
     from pallas_kernels.cpu import matmul
 
     # Matrix units multiply bfloat16 far faster than float32 lanes, once there are rows to fill them.
@@ -146,4 +211,4 @@ def _fastest(x_TI, kernel) -> str:
     return "cpu" if matmul.supports(x_TI, kernel) else "reference"
 
 
-IMPLEMENTATIONS = {"reference": reference, "cpu": _cpu}
+IMPLEMENTATIONS = {"reference": reference, "cpu": _cpu, "tpu": _tpu}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from converters.checkpoint import Checkpoint
 from runtime import chips, machine
-from runtime.config import EngineConfig
+from runtime.config import QUANTIZATIONS, EngineConfig
 from runtime.errors import ConfigError
 from runtime.preparation import prepare
 
@@ -19,8 +19,10 @@ def what_fits(config: EngineConfig, checkpoint: Checkpoint, target: str) -> str:
     chip, _ = chips.named(target)
     kin = [other for other in chips.CHIPS.values() if other.platform == chip.platform]
     found = []
-    if config.quantization is None and _fits(dataclasses.replace(config, quantization="int8"), checkpoint, target):
-        found.append(f"{target} with --quantization int8")
+    for method in QUANTIZATIONS if config.quantization is None else ():
+        if _fits(dataclasses.replace(config, quantization=method), checkpoint, target):
+            found.append(f"{target} with --quantization {method}")
+            break
     for candidate in sorted(kin, key=lambda other: other is not chip):
         if smallest := next((name for name in _targets(candidate) if _fits(config, checkpoint, name)), None):
             found.append(smallest)

@@ -16,12 +16,27 @@ from runtime.speculation import ON_CPU as speculation_on_cpu
 from runtime.speculation import Speculation
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-KV_DTYPES = ("auto", "bfloat16", "float16", "float32")
-QUANTIZATIONS = (None, "int8")
+# As users know it -> the array's dtype.
+KV_DTYPES = {
+    "auto": "auto",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "float32": "float32",
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+QUANTIZATIONS = ("int8", "int4")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 MIB = 2**20
 STEP_BYTES = 256 * MIB  # of a device's memory that a step needs beside weights, pages and scores
 SCORES = 4  # arrays of scores, float32[rows, vocabulary], that it may have at once
+KV_NOTES = {
+    "int8": ", with a scale for each key and value",
+    "float8_e4m3fn": ", no scales",
+    "float8_e5m2": ", no scales",
+}
 SPREAD_BYTES = 256 * MIB  # of a host's memory that cached prefixes may take while nobody needs it
 
 
@@ -45,11 +60,14 @@ class EngineConfig:
         block_size: tokens in a page.
         num_gpu_blocks_override: pages, when the caller knows better.
         kv_cache_memory_bytes: bytes for pages, all devices together.
+        kv_cache_dtype: a name in KV_DTYPES. "int8" has a scale for each key and value; fp8 has none: what it cannot
+            hold saturates.
         gpu_memory_utilization: share of an accelerator's memory the engine may take.
         cache_dir: where converted weights and compiled steps are kept; "" keeps nothing.
         seed: requests without a seed of their own get one that follows from this and their prompt. See runtime.seeds.
         hf_overrides: laid over the model's config.json, field by field.
-        quantization: "int8" rounds weights when they are loaded, and tokens where they meet them.
+        quantization: "int8" rounds weights when they are loaded, and tokens where they meet them; "int4" rounds the
+            layers' weights alone, in groups, and the token table and the scores as int8 does. See runtime.quantise.
         tensor_parallel_size: devices that each layer is split over.
         stacked: scan over stacked layers; None = on TPU.
     """
@@ -85,8 +103,9 @@ class EngineConfig:
     def __post_init__(self):
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
-        if self.quantization not in QUANTIZATIONS:
-            raise ConfigError(f"quantization {self.quantization!r} is not known; use int8, or leave it out")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            known = " or ".join(QUANTIZATIONS)
+            raise ConfigError(f"quantization {self.quantization!r} is not known; use {known}, or leave it out")
         _one_of("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
         _one_of("scheduling_policy", self.scheduling_policy, ("fcfs", "priority"))
         for name in (
@@ -284,6 +303,8 @@ def settle(
         if on_cpu
         else "one dispatch for several steps, as long as they take 30 ms together",
     )
+    kv_dtype = kv_dtype_for(config, platform, dtype)
+    reasons.append(("kv cache", kv_dtype, f"{token_bytes:,} bytes a token{KV_NOTES.get(kv_dtype, '')}"))
     page_bytes = token_bytes * page_size
 
     limit = int(memory.total * config.gpu_memory_utilization) * num_devices
@@ -322,13 +343,13 @@ def settle(
     reasons.append(
         ("num_pages", f"{num_pages:,}", f"{num_pages * page_size:,} tokens, {kv_bytes / MIB:,.0f} MiB: {why}")
     )
-    stored = f"int8, the rest {dtype}" if config.quantization else dtype
-    reasons.append(("weights", f"{weight_bytes / MIB:,.0f} MiB", stored))
+    stored = {"int8": f"int8, the rest {dtype}", "int4": f"int4 in layers, int8 of the vocabulary, the rest {dtype}"}
+    reasons.append(("weights", f"{weight_bytes / MIB:,.0f} MiB", stored.get(config.quantization or "", dtype)))
     max_logprobs = vocab_size if config.max_logprobs < 0 else min(config.max_logprobs, vocab_size)
     return EnginePlan(
         platform=platform,
         dtype=dtype,
-        kv_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        kv_dtype=kv_dtype,
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -355,6 +376,20 @@ def settle(
         max_queued=config.max_queued,
         reasons=tuple(reasons),
     )
+
+
+def kv_dtype_for(config: EngineConfig, platform: str, dtype: str) -> str:
+    """The dtype of keys and values in their pages.
+
+    Raises:
+        ConfigError: the platform's kernels do not take it.
+    """
+    if config.kv_cache_dtype == "int8" and platform == "tpu":
+        raise ConfigError(
+            "kv_cache_dtype int8 keeps a scale beside each key and value, which the TPU's kernel does not read; "
+            "use fp8, which has none"
+        )
+    return dtype if config.kv_cache_dtype == "auto" else KV_DTYPES[config.kv_cache_dtype]
 
 
 def is_stacked(config: EngineConfig, platform: str) -> bool:

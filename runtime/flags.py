@@ -265,9 +265,10 @@ MODEL = (
     Flag(
         "quantization",
         "text",
-        "int8 rounds weights when they are loaded, and tokens where they meet them (as stored).",
+        "int8 rounds weights when they are loaded, and tokens where they meet them; int4 rounds weights alone, in "
+        "groups (as stored).",
         to="engine.quantization",
-        choices=("int8",),
+        choices=("int8", "int4"),
         short=("-q",),
     ),
     Flag("revision", "text", "branch, tag or commit on the hub.", to="fetch.revision"),
@@ -368,7 +369,12 @@ CACHE = (
         "share of an accelerator's memory to use (0.9).",
         to="engine.gpu_memory_utilization",
     ),
-    Flag("kv-cache-dtype", "text", "of keys and values (auto: the model's).", to="engine.kv_cache_dtype"),
+    Flag(
+        "kv-cache-dtype",
+        "text",
+        "of keys and values: int8 has a scale for each, fp8 (fp8_e4m3, fp8_e5m2) none (auto: the model's).",
+        to="engine.kv_cache_dtype",
+    ),
     Flag(
         "enable-prefix-caching", "switch", "share pages of equal beginnings (yes).", to="engine.enable_prefix_caching"
     ),

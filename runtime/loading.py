@@ -102,7 +102,8 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
         placing = beside.submit(place, layout.shardings(shapes), plan, cache_dir, progress)
         if plan.platform == "cpu" and cpu.is_available():
             progress("kernels", 0, 1)
-            _timed(seconds, "kernels", cpu.register)  # programs from disk refer to them by name
+            register = cpu.register_int4 if plan.quantization == "int4" else cpu.register
+            _timed(seconds, "kernels", register)  # programs from disk refer to them by name
             progress("kernels", 1, 1)
         built = executables.build(
             prepared.programs,

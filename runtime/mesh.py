@@ -20,6 +20,7 @@ from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters.place import sharding_of
+from models.layers.linear import group_size
 from models.parallel import Split, split_over
 from runtime.errors import ConfigError
 from runtime.machine import Machine
@@ -98,16 +99,19 @@ class Tensor:
         )
 
 
-def fit(config: Any, tensor_parallel_size: int) -> Any:
+def fit(config: Any, tensor_parallel_size: int, quantization: str | None = None) -> Any:
     """The model's config on so many devices: with as many kv heads as devices where it has fewer.
+
+    Args:
+        quantization: "int4" weights are split between groups, never within one.
 
     Raises:
         ConfigError: a dimension cannot be divided; the message names the sizes that can.
     """
     size = tensor_parallel_size
-    reasons = _misfits(config, size)
+    reasons = _misfits(config, size, quantization)
     if reasons:
-        fitting = [n for n in range(1, config.num_heads + 1) if not _misfits(config, n)]
+        fitting = [n for n in range(1, config.num_heads + 1) if not _misfits(config, n, quantization)]
         near = min(fitting, key=lambda n: (abs(n - size), n))
         raise ConfigError(
             f"tensor_parallel_size {size} does not divide {' and '.join(reasons)}; {near} does"
@@ -116,13 +120,17 @@ def fit(config: Any, tensor_parallel_size: int) -> Any:
     return dataclasses.replace(config, num_kv_heads=size) if size > config.num_kv_heads else config
 
 
-def _misfits(config, size):
+def _misfits(config, size, quantization):
     kv_heads = config.num_kv_heads
     dimensions = {
         f"{config.num_heads} query heads": config.num_heads % size == 0,
         f"{kv_heads} kv heads": kv_heads % size == 0 or size % kv_heads == 0,
         f"{config.ffn_size} feed-forward units": config.ffn_size % size == 0,
     }
+    if quantization == "int4":
+        for name, num_in in (("attended", config.num_heads * config.head_dim), ("feed-forward", config.ffn_size)):
+            group = group_size(num_in)
+            dimensions[f"{num_in // group} groups of {group} {name} inputs"] = num_in // group % size == 0
     return [name for name, fits in dimensions.items() if not fits]
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.ragged_paged_attention import cache_shape, planning
 from runtime import mesh, step_state
 from runtime.batch import StepLayout
 from runtime.buckets import buckets_for
-from runtime.config import EngineConfig, EnginePlan, is_stacked, itemsize, settle
+from runtime.config import EngineConfig, EnginePlan, is_stacked, itemsize, kv_dtype_for, settle
 from runtime.errors import ConfigError
 from runtime.executables import Program
 from runtime.machine import Machine
@@ -57,10 +57,10 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine) -> P
     """
     platform = machine.platform
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, platform)
-    stacked, is_int8 = is_stacked(config, platform), config.quantization == "int8"
-    layout = Layout.of(checkpoint, stacked, is_int8, config.tensor_parallel_size, machine)
-    graph, shapes = abstract(checkpoint.model_class, layout.config, jnp.dtype(dtype), stacked, is_int8=is_int8)
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    stacked, method = is_stacked(config, platform), config.quantization
+    layout = Layout.of(checkpoint, stacked, method, config.tensor_parallel_size, machine)
+    graph, shapes = abstract(checkpoint.model_class, layout.config, jnp.dtype(dtype), stacked, quantization=method)
+    kv_dtype = kv_dtype_for(config, platform, dtype)
     specs = bind(graph, shapes).cache_specs()
     plan = settle(
         config,
@@ -69,7 +69,7 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine) -> P
         vocab_size=checkpoint.config.vocab_size,
         model_max_len=checkpoint.config.max_length,
         weight_bytes=layout.num_bytes(shapes),
-        token_bytes=sum(int(np.prod(_pages(s, 1, 1, config.tensor_parallel_size, platform))) for s in specs)
+        token_bytes=sum(int(np.prod(_pages(s, 1, 1, config.tensor_parallel_size, platform, kv_dtype))) for s in specs)
         * itemsize(kv_dtype),
         dtype=dtype,
     )
@@ -123,14 +123,19 @@ class Layout:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, stacked: bool, is_int8: bool, tensor_parallel_size: int, machine: Machine
+        cls,
+        checkpoint: Checkpoint,
+        stacked: bool,
+        quantization: str | None,
+        tensor_parallel_size: int,
+        machine: Machine,
     ) -> "Layout":
         devices = mesh.devices_for(tensor_parallel_size, machine)
         if tensor_parallel_size == 1:
             return cls(checkpoint.config, devices, None, {})
-        config = mesh.fit(checkpoint.config, tensor_parallel_size)
+        config = mesh.fit(checkpoint.config, tensor_parallel_size, quantization)
         tensor = mesh.Tensor.over(devices, config.vocab_size)
-        axes = logical_axes(checkpoint.model_class, config, stacked, is_int8=is_int8)
+        axes = logical_axes(checkpoint.model_class, config, stacked, quantization=quantization)
         return cls(config, devices, tensor, tensor.weight_specs(axes))
 
     @property
@@ -153,7 +158,12 @@ class Layout:
     def num_bytes(self, shapes) -> int:
         """Bytes of these weights on all devices together."""
         copies = lambda name: self.tensor.size if self.tensor and mesh.AXIS not in self.specs[name] else 1
-        return sum(copies(name) * int(np.prod(s.shape)) * s.dtype.itemsize for name, s in shapes.items())
+        return sum(int(copies(name) * np.prod(s.shape) * element_bytes(s.dtype)) for name, s in shapes.items())
+
+
+def element_bytes(dtype: Any) -> float:
+    """Bytes of an element on a device, where two of int4 share one."""
+    return 0.5 if dtype == jnp.int4 else jnp.dtype(dtype).itemsize
 
 
 def resolve_dtype(wish: str, stored: str, platform: str) -> str:
@@ -170,16 +180,17 @@ def mask_words(plan: EnginePlan) -> int:
 
 def cache_shapes(specs, plan: EnginePlan) -> list[jax.ShapeDtypeStruct]:
     """One array a layer, or one of all layers' pages when layers are stacked."""
-    shapes = [_pages(s, plan.num_pages, plan.page_size, plan.tensor_parallel_size, plan.platform) for s in specs]
+    sizes = (plan.num_pages, plan.page_size, plan.tensor_parallel_size, plan.platform, plan.kv_dtype)
+    shapes = [_pages(spec, *sizes) for spec in specs]
     if plan.stacked:
         shapes = [(len(shapes) * shapes[0][0], *shapes[0][1:])]
     return [jax.ShapeDtypeStruct(shape, jnp.dtype(plan.kv_dtype)) for shape in shapes]
 
 
-def _pages(spec, num_pages, page_size, num_devices, platform):
+def _pages(spec, num_pages, page_size, num_devices, platform, kv_dtype):
     """The shape of one layer's pages; each device pads its own part of it."""
     pages, tokens, vectors, width = cache_shape(
-        num_pages, page_size, spec.num_kv_heads // num_devices, spec.head_dim, platform
+        num_pages, page_size, spec.num_kv_heads // num_devices, spec.head_dim, platform, kv_dtype
     )
     return pages, tokens, num_devices * vectors, width
 

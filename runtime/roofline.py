@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from runtime.chips import Chip
-from runtime.preparation import Prepared
+from runtime.preparation import Prepared, element_bytes
 
 TABLE, HEAD = "embed.table", "lm_head.kernel"  # the table is the head too in models that have no other
 
@@ -46,7 +46,7 @@ def floor(prepared: Prepared, chip: Chip, *, num_tokens: int, num_rows: int, con
     held = {name: math.prod(wheres[name].shard_shape(shape.shape)) for name, shape in prepared.shapes.items()}
     head = HEAD if HEAD in held else TABLE
     read = {name for name in held if not name.startswith(TABLE) or head == TABLE}  # else a few rows of the table
-    weight_bytes = sum(held[name] * prepared.shapes[name].dtype.itemsize for name in read)
+    weight_bytes = sum(held[name] * element_bytes(prepared.shapes[name].dtype) for name in read)
     kv_bytes = plan.page_bytes / plan.page_size / len(layout.devices) * num_rows * context
     products = sum(size for name, size in held.items() if name.endswith(".kernel") and name != head)
     operations = 2 * (products * num_tokens + held[head] * num_rows)

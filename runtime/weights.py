@@ -15,10 +15,9 @@ from converters.load import load_weights
 from models.interface import abstract
 from runtime import huge_pages, kept_weights, mesh
 from runtime.config import EnginePlan
-from runtime.quantise import to_int8
+from runtime.quantise import ROUNDINGS
 
 log = logging.getLogger(__name__)
-ROUNDINGS = {"int8": to_int8}
 
 
 def on_devices(
@@ -49,9 +48,7 @@ def on_devices(
     folder = cache_dir and cache_dir / "weights" / _identity(checkpoint, plan)
     found = kept_weights.restore(folder, stored, places, step) if folder else None
     if found is None:
-        found = load_weights(
-            checkpoint, stored, wheres=places, rounding=ROUNDINGS.get(plan.quantization or ""), progress=step
-        )
+        found = load_weights(checkpoint, stored, wheres=places, roundings=ROUNDINGS, progress=step)
         if folder:
             kept_weights.keep(folder, found)
     for name in repeated:
@@ -63,8 +60,8 @@ def stored_shapes(checkpoint: Checkpoint, config: Any, plan: EnginePlan, shapes:
     """The shapes of what is converted and kept: the checkpoint's own, before kv heads are repeated for a mesh."""
     if config == checkpoint.config:
         return shapes
-    is_int8, dtype = plan.quantization == "int8", jnp.dtype(plan.dtype)
-    return abstract(checkpoint.model_class, checkpoint.config, dtype, plan.stacked, is_int8=is_int8)[1]
+    options = {"stacked": plan.stacked, "quantization": plan.quantization}
+    return abstract(checkpoint.model_class, checkpoint.config, jnp.dtype(plan.dtype), **options)[1]
 
 
 def _identity(checkpoint, plan) -> str:

@@ -18,8 +18,8 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(init(rngs.params(), (vocab_size, size), jnp.float32), axes=("vocab", "hidden"))
         self.table_scale = nnx.data(None)
 
-    def quantise(self):
-        """Turns a table of shapes into its int8 form, in place: a scale for each token."""
+    def quantise(self, method: str):
+        """Turns a table of shapes into its int8 form, in place, whatever the method: a scale for each token."""
         self.table_scale = int8_form(self.table)
 
     def __call__(self, token_ids_T, dtype=None):

@@ -11,6 +11,8 @@ from flax import nnx
 from models import parallel
 from pallas_kernels.linear import linear
 
+GROUP_SIZES = (32, 16)  # the first that divides a layer's inputs
+
 
 class Linear(nnx.Module):
     """x times kernel, plus a bias when it has one.
@@ -27,11 +29,14 @@ class Linear(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.kernel = nnx.Param(init(rngs.params(), (*out, num_in), jnp.float32), axes=axes)
         self.bias = nnx.Param(jnp.zeros(out, jnp.float32), axes=axes[:-1]) if bias else None
-        self.kernel_scale = nnx.data(None)
+        self.kernel_scale, self.kernel_offset = nnx.data(None), nnx.data(None)
 
-    def quantise(self):
-        """Turns a layer of shapes into its int8 form, in place: a scale for each output."""
-        self.kernel_scale = int8_form(self.kernel)
+    def quantise(self, method: str):
+        """Turns a layer of shapes into its int8 or int4 form, in place; scores of a vocabulary stay int8."""
+        if method == "int4" and self.kernel.axes[0] != "vocab":
+            self.kernel_scale, self.kernel_offset = int4_form(self.kernel)
+        else:
+            self.kernel_scale = int8_form(self.kernel)
 
     def __call__(self, x_TI, num_tokens=None, *, norm=None, residual=None, activation=None, out_dtype=None):
         """residual + activation(norm(x) times kernel + bias), in one pass over the weights; what is None is left out.
@@ -51,12 +56,14 @@ class Linear(nnx.Module):
         kernel = self.kernel[...]
         before, out = (kernel.shape[:1], kernel.shape[1:-1]) if activation else ((), kernel.shape[:-1])
         bias = None if self.bias is None else self.bias[...].reshape(*before, -1)
-        scale = None if self.kernel_scale is None else self.kernel_scale[...].reshape(*before, -1)
+        groups = () if self.kernel_offset is None else self.kernel_offset.shape[-1:]
+        flat = lambda of: None if of is None else of[...].reshape(*before, -1, *groups)
         y_TO = linear(
             x_TI,
             kernel.reshape(*before, -1, kernel.shape[-1]),
             num_tokens,
-            kernel_scale=scale,
+            kernel_scale=flat(self.kernel_scale),
+            kernel_offset=flat(self.kernel_offset),
             norm_I=None if norm is None else norm.scale[...],
             norm_eps=0.0 if norm is None else norm.eps,
             norm_offset=0.0 if norm is None else float(norm.unit_offset),
@@ -70,8 +77,9 @@ class Linear(nnx.Module):
     def _summed(self, x_TI, num_tokens, split, *, residual, out_dtype):
         """The same where each device has a part of the inputs; what is added to the product is added once."""
         kernel_OI = self.kernel[...]
-        scale = None if self.kernel_scale is None else self.kernel_scale[...]
-        y_TO = parallel.add_up(linear(x_TI, kernel_OI, num_tokens, kernel_scale=scale), split)
+        scale, offset = (None if of is None else of[...] for of in (self.kernel_scale, self.kernel_offset))
+        part_TO = linear(x_TI, kernel_OI, num_tokens, kernel_scale=scale, kernel_offset=offset)
+        y_TO = parallel.add_up(part_TO, split)
         for term in (None if self.bias is None else self.bias[...], residual):
             if term is not None:
                 y_TO = y_TO.astype(jnp.float32) + term.astype(jnp.float32)
@@ -83,3 +91,23 @@ def int8_form(kernel: nnx.Param) -> nnx.Param:
     shape = kernel.get_value().shape
     kernel.set_value(jax.ShapeDtypeStruct(shape, jnp.int8))
     return nnx.Param(jax.ShapeDtypeStruct(shape[:-1], jnp.float32), axes=kernel.axes[:-1])
+
+
+def int4_form(kernel: nnx.Param) -> tuple[nnx.Param, nnx.Param]:
+    """Makes a parameter of shapes int4, and gives its scales and offsets: bfloat16, one a group along the last axis."""
+    *out, num_in = kernel.get_value().shape
+    kernel.set_value(jax.ShapeDtypeStruct((*out, num_in), jnp.int4))
+    of_groups = jax.ShapeDtypeStruct((*out, num_in // group_size(num_in)), jnp.bfloat16)
+    return nnx.Param(of_groups, axes=kernel.axes), nnx.Param(of_groups, axes=kernel.axes)
+
+
+def group_size(num_in: int) -> int:
+    """How many inputs in a row share the scale and the offset of an int4 weight.
+
+    Raises:
+        ValueError: the inputs are no whole groups.
+    """
+    for size in GROUP_SIZES:
+        if num_in % size == 0:
+            return size
+    raise ValueError(f"a layer of {num_in} inputs has no whole groups of {GROUP_SIZES[-1]}; use int8")

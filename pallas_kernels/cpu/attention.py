@@ -22,10 +22,11 @@ import numpy as np
 
 from pallas_kernels.cpu import arrays, ffi, outer, pairs, threads, tiles
 from pallas_kernels.cpu import vectors as v
-from pallas_kernels.cpu.ffi import BF16, S8
+from pallas_kernels.cpu.ffi import BF16, F8E4M3FN, F8E5M2, S8
+from pallas_kernels.ragged_paged_attention import scales as page_scales
 
-TARGET = "jax_serving_cpu_attention_2"
-WRITE_CHUNK, ATTEND_CHUNK = "jax_serving_cpu_attention_write_2", "jax_serving_cpu_attention_attend_2"
+TARGET = "jax_serving_cpu_attention_3"
+WRITE_CHUNK, ATTEND_CHUNK = "jax_serving_cpu_attention_write_3", "jax_serving_cpu_attention_attend_3"
 BLOCK = 64  # keys; part of what an output's bits depend on
 QUERY_ROWS = 96  # query vectors a task: enough to pay for widening the keys
 WRITE_TOKENS = 16  # a chunk of the first phase
@@ -39,14 +40,17 @@ MASKED = -1e30  # finite: -inf minus -inf is nan
     INPUT_DTYPE, CACHE_DTYPE, OUT_DTYPE, NORM_DTYPE,
     Q_TOKEN, Q_GROUP, KV_TOKEN, KV_HEAD,
     T, ROWS, M, P, B, C, K, G, H, R, PAGE_OFFSET, WINDOW, QUERIES, SCRATCH, SCRATCH_STRIDE, STARTS, TASKS, JOINT,
-) = range(0, 8 * 38, 8)  # fmt: skip
-SCALE, SOFT_CAP, K_SCALE, V_SCALE, EPS, NORM_OFFSET = range(8 * 38, 8 * 44, 8)
+    SCALED,
+) = range(0, 8 * 39, 8)  # fmt: skip
+SCALE, SOFT_CAP, K_SCALE, V_SCALE, EPS, NORM_OFFSET = range(8 * 39, 8 * 45, 8)
 HEAD_WORDS = 96  # float32 words before the tasks' table
 
 FLOATS, INTS = 0, 1  # attributes, in alphabetical order
 write_address, attend_address = v.external(WRITE_CHUNK), v.external(ATTEND_CHUNK)
 _compiled = v.inner
-_transpose_bf16, _transpose_f32, _transpose_i8 = (tiles.transpose_tile(kind) for kind in ("bf16", "f32", "i8"))
+_transpose_bf16, _transpose_f32, _transpose_i8, _transpose_e4m3, _transpose_e5m2 = (
+    tiles.transpose_tile(kind) for kind in ("bf16", "f32", "i8", "e4m3", "e5m2")
+)
 
 
 @_compiled
@@ -87,6 +91,34 @@ def _load_vector(job, source, index, target):
 
 
 @_compiled
+def _itemsize(job):
+    """Bytes of an element of the cache."""
+    dtype = v.load_i64(job + CACHE_DTYPE)
+    return 1 if dtype == F8E4M3FN or dtype == F8E5M2 else arrays.itemsize(dtype)
+
+
+@_compiled
+def _get_cached(address, index, dtype):
+    """As arrays.get, of the cache."""
+    if dtype == F8E4M3FN:
+        return v.load_v_e4m3(address + index)
+    if dtype == F8E5M2:
+        return v.load_v_e5m2(address + index)
+    return arrays.get(address, index, dtype)
+
+
+@_compiled
+def _put_cached(address, index, dtype, value):
+    """As arrays.put, into the cache."""
+    if dtype == F8E4M3FN:
+        v.store_v_e4m3(address + index, value)
+    elif dtype == F8E5M2:
+        v.store_v_e5m2(address + index, value)
+    else:
+        arrays.put(address, index, dtype, value)
+
+
+@_compiled
 def _slot(job, row, position):
     """The address of a token's keys and values, or 0 when its page is not in the pool."""
     pool, page_size = v.load_i64(job + P), v.load_i64(job + B)
@@ -97,7 +129,7 @@ def _slot(job, row, position):
     page = v.load_i32(entry) + v.load_i64(job + PAGE_OFFSET)
     if page < 0 or page >= pool:
         return 0
-    size = v.load_i64(job + C) * v.load_i64(job + H) * arrays.itemsize(v.load_i64(job + CACHE_DTYPE))
+    size = v.load_i64(job + C) * v.load_i64(job + H) * _itemsize(job)
     return v.load_i64(job + CACHE) + (page * page_size + position % page_size) * size
 
 
@@ -129,14 +161,30 @@ def _write(job, chunk, thread):
             _load_vector(job, v.load_i64(job + KEY), index, vector)
             _normalise(job, v.load_i64(job + K_NORM), vector)
             _rotate(job, token, vector)
+            values = vector + 4 * size
+            _load_vector(job, v.load_i64(job + VALUE), index, values)
+            if v.load_i64(job + SCALED):
+                places = slot + 2 * heads * size + 8 * head  # of the two scales
+                scales = v.splat(_keep_scale(vector, size, places)), v.splat(_keep_scale(values, size, places + 4))
             for h in range(0, size, v.LANES):
-                key = v.load_v(vector + 4 * h)
-                value = arrays.get(v.load_i64(job + VALUE), index + h, v.load_i64(job + INPUT_DTYPE))
-                if dtype == S8:
+                key, value = v.load_v(vector + 4 * h), v.load_v(values + 4 * h)
+                if _itemsize(job) == 1:
                     key, value = v.mul(key, scales[0]), v.mul(value, scales[1])
-                arrays.put(slot, 2 * head * size + h, dtype, key)
-                arrays.put(slot, (2 * head + 1) * size + h, dtype, value)
+                _put_cached(slot, 2 * head * size + h, dtype, key)
+                _put_cached(slot, (2 * head + 1) * size + h, dtype, value)
     return 0
+
+
+@_compiled
+def _keep_scale(vector, size, place):
+    """Stores what one int8 step of a float32 vector is worth; returns its inverse, 0 for a vector of zeros."""
+    top = v.splat(0.0)
+    for h in range(0, size, v.LANES):
+        value = v.load_v(vector + 4 * h)
+        top = v.maximum(top, v.maximum(value, v.sub(v.splat(0.0), value)))
+    scale = v.largest(top) / numba.float32(127.0)
+    v.store_f32(place, scale)
+    return numba.float32(1.0) / scale if scale > 0 else numba.float32(0.0)
 
 
 @_compiled
@@ -164,7 +212,7 @@ def _load_queries(job, head, token, queries, target):
     """Queries of one kv head, normalised, rotated and scaled: row j * G + g."""
     groups, size = v.load_i64(job + G), v.load_i64(job + H)
     scale = v.load_f32(job + SCALE)
-    if v.load_i64(job + CACHE_DTYPE) == S8:
+    if _itemsize(job) == 1:
         scale *= v.load_f32(job + K_SCALE)
     for j in range(queries):
         for g in range(groups):
@@ -185,7 +233,7 @@ def _locate_keys(job, row, start, oldest, end, zeros, places):
 
     For tokens outside [oldest, end) it notes zeros: their pages may be no longer, or not yet, this row's.
     """
-    size = v.load_i64(job + H) * arrays.itemsize(v.load_i64(job + CACHE_DTYPE))
+    size = v.load_i64(job + H) * _itemsize(job)
     step, page_size = size * v.load_i64(job + C), v.load_i64(job + B)
     first, keys = max(0, oldest - start), max(0, min(BLOCK, end - start))
     for i in range(first):
@@ -210,7 +258,7 @@ def _widen_keys(job, head, places, following, keys, k_HU, v_UH):
     Meanwhile the following block is fetched, a little at a time: all at once would stall.
     """
     size, dtype = v.load_i64(job + H), v.load_i64(job + CACHE_DTYPE)
-    itemsize = arrays.itemsize(dtype)
+    itemsize = _itemsize(job)
     half = size * itemsize
     key = 2 * head * half  # bytes into a token
     if _in_pairs(job):
@@ -223,6 +271,10 @@ def _widen_keys(job, head, places, following, keys, k_HU, v_UH):
                 _transpose_bf16(places + 8 * u, key + 2 * h, target, 4 * BLOCK)
             elif dtype == S8:
                 _transpose_i8(places + 8 * u, key + h, target, 4 * BLOCK)
+            elif dtype == F8E4M3FN:
+                _transpose_e4m3(places + 8 * u, key + h, target, 4 * BLOCK)
+            elif dtype == F8E5M2:
+                _transpose_e5m2(places + 8 * u, key + h, target, 4 * BLOCK)
             else:
                 _transpose_f32(places + 8 * u, key + 4 * h, target, 4 * BLOCK)
             ahead = v.load_i64(following + 8 * u + h % 64) + key
@@ -231,7 +283,28 @@ def _widen_keys(job, head, places, following, keys, k_HU, v_UH):
     for u in range(keys):
         source = v.load_i64(places + 8 * u) + key + half
         for h in range(0, size, v.LANES):
-            v.store_v(v_UH + 4 * (u * size + h), arrays.get(source, h, dtype))
+            v.store_v(v_UH + 4 * (u * size + h), _get_cached(source, h, dtype))
+    if v.load_i64(job + SCALED):
+        _scale_keys(job, head, places, keys, k_HU, v_UH)
+
+
+@_compiled
+def _scale_keys(job, head, places, keys, k_HU, v_UH):
+    """Multiplies each key and value of a block by the scale that lies behind its token's vectors."""
+    size, behind = v.load_i64(job + H), 2 * v.load_i64(job + K) * v.load_i64(job + H) + 8 * head
+    k_scales = v_UH + 4 * BLOCK * size
+    for u in range(keys):
+        place = v.load_i64(places + 8 * u) + behind
+        v.store_f32(k_scales + 4 * u, v.load_f32(place))
+        v_scale = v.splat(v.load_f32(place + 4))
+        for h in range(0, size, v.LANES):
+            at = v_UH + 4 * (u * size + h)
+            v.store_v(at, v.mul(v.load_v(at), v_scale))
+    for u in range(0, keys, v.LANES):
+        scales = v.load_v(k_scales + 4 * u)
+        for h in range(size):
+            at = k_HU + 4 * (h * BLOCK + u)
+            v.store_v(at, v.mul(v.load_v(at), scales))
 
 
 @_compiled
@@ -296,7 +369,7 @@ def _attend(job, chunk, thread):
     out = scores + 4 * limit * groups * BLOCK
     keys_HU = out + 4 * limit * groups * size
     values_UH = keys_HU + 4 * BLOCK * size
-    peaks = values_UH + 4 * BLOCK * size
+    peaks = values_UH + 4 * BLOCK * size + 4 * BLOCK  # between them a block's scales of keys
     places = peaks + 8 * limit * groups
     other = places + 8 * BLOCK
     zeros = other + 8 * BLOCK
@@ -359,7 +432,7 @@ def _start_softmax(job, head, rows, peaks, out):
 @_compiled
 def _finish(job, head, token, rows, peaks, out):
     heads, groups, size = v.load_i64(job + K), v.load_i64(job + G), v.load_i64(job + H)
-    value_scale = v.load_f32(job + V_SCALE) if v.load_i64(job + CACHE_DTYPE) == S8 else numba.float32(1.0)
+    value_scale = v.load_f32(job + V_SCALE) if _itemsize(job) == 1 else numba.float32(1.0)
     for i in range(rows):
         total = v.load_f32(peaks + 8 * i + 4)
         scale = v.splat(value_scale / total if total > 0 else numba.float32(0.0))
@@ -388,6 +461,7 @@ def _start(frame):
     for i in range(4):
         v.store_i64(job + (Q_TOKEN, Q_GROUP, KV_TOKEN, KV_HEAD)[i], ffi.int_in(frame, INTS, 3 + i))
     heads, queries, max_threads = ffi.int_in(frame, INTS, 7), ffi.int_in(frame, INTS, 8), ffi.int_in(frame, INTS, 9)
+    v.store_i64(job + SCALED, ffi.int_in(frame, INTS, 10))
     for i in range(4):
         v.store_f32(job + (SCALE, SOFT_CAP, EPS, NORM_OFFSET)[i], ffi.float_in(frame, FLOATS, i))
     v.store_i64(job + CACHE, ffi.data(cache))
@@ -456,7 +530,8 @@ def supports(head_dim, *dtypes) -> bool:
     """Whether heads of this size can be run; dtypes are those of the queries and of the cache."""
     x, cache = dtypes
     floats = (jnp.float32, jnp.bfloat16)
-    return head_dim % (2 * v.LANES) == 0 and head_dim <= 512 and x in floats and cache in (*floats, jnp.int8)
+    known = cache in (*floats, jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
+    return head_dim % (2 * v.LANES) == 0 and head_dim <= 512 and x in floats and known
 
 
 def rotates(pairs) -> bool:
@@ -473,8 +548,9 @@ def call(
     absent = jnp.zeros((0,), jnp.float32)
     queries = max(1, (QUERY_ROWS if H < 256 else QUERY_ROWS // 2) // G)
     rows = queries * G
-    words = 2 * rows * H + rows * BLOCK + 2 * BLOCK * H + 2 * rows + 4 * BLOCK + cache_PBCH.shape[2] * H
+    words = 2 * rows * H + rows * BLOCK + 2 * BLOCK * H + 2 * rows + 5 * BLOCK + cache_PBCH.shape[2] * H
     words = -(-words // 16) * 16
+    scaled = page_scales.are_in(cache_PBCH, num_kv_heads)
     out_TNH, cache_PBCH, _ = jax.ffi.ffi_call(
         TARGET,
         [
@@ -501,6 +577,6 @@ def call(
         absent if q_norm_H is None else q_norm_H,
         absent if k_norm_H is None else k_norm_H,
         floats=np.array([scale, soft_cap or 0.0, norm_eps, norm_offset], np.float32),
-        ints=np.array([*places, num_kv_heads, queries, num_threads], np.int32),
+        ints=np.array([*places, num_kv_heads, queries, num_threads, scaled], np.int32),
     )
     return out_TNH, cache_PBCH

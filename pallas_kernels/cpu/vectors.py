@@ -129,6 +129,43 @@ def narrow_bf16(b, value):
     return b.trunc(rounded, ir.VectorType(I16, value.type.count))
 
 
+# Kind -> (mantissa bits, exponent bias, largest finite value): one byte of sign, exponent, mantissa.
+FLOAT8 = {"e4m3": (3, 7, 448.0), "e5m2": (2, 15, 57344.0)}
+
+
+def widen_float8(b, bits, kind):
+    """float8 bits (a vector of i8) -> float32; what is infinite or no number comes out as some number."""
+    mantissa, bias, _ = FLOAT8[kind]
+    wide = ir.VectorType(I32, bits.type.count)
+    floats = ir.VectorType(F32, bits.type.count)
+    bits = b.zext(bits, wide)
+    size = b.and_(bits, constant(wide, 0x7F))
+    normal = b.add(b.shl(size, constant(wide, 23 - mantissa)), constant(wide, (127 - bias) << 23))
+    small = b.fmul(b.uitofp(size, floats), constant(floats, 2.0 ** (1 - bias - mantissa)))  # exponent 0: whole steps
+    is_small = b.icmp_unsigned("<", size, constant(wide, 1 << mantissa))
+    value = b.select(is_small, b.bitcast(small, wide), normal)
+    return b.bitcast(b.or_(value, b.shl(b.and_(bits, constant(wide, 0x80)), constant(wide, 24))), floats)
+
+
+def narrow_float8(b, value, kind):
+    """float32 -> float8 bits, to nearest even; what the kind cannot hold saturates."""
+    mantissa, bias, top = FLOAT8[kind]
+    wide, t = ir.VectorType(I32, value.type.count), value.type
+    bits = b.bitcast(value, wide)
+    sign = b.and_(b.lshr(bits, constant(wide, 24)), constant(wide, 0x80))
+    size = b.bitcast(b.and_(bits, constant(wide, 0x7FFFFFFF)), t)
+    size = b.select(b.fcmp_ordered("<", size, constant(t, top)), size, constant(t, top))
+    drop = 23 - mantissa
+    bits = b.bitcast(size, wide)
+    odd = b.and_(b.lshr(bits, constant(wide, drop)), constant(wide, 1))
+    rounded = b.lshr(b.add(bits, b.add(odd, constant(wide, (1 << (drop - 1)) - 1))), constant(wide, drop))
+    normal = b.sub(rounded, constant(wide, (127 - bias) << mantissa))
+    steps = b.fmul(size, constant(t, 2.0 ** (bias + mantissa - 1)))
+    small = b.fptosi(call(b, f"llvm.rint.v{t.count}f32", t, steps), wide)
+    is_small = b.fcmp_ordered("<", size, constant(t, 2.0 ** (1 - bias)))
+    return b.trunc(b.or_(b.select(is_small, small, normal), sign), ir.VectorType(I8, t.count))
+
+
 def spread(b, value):
     """A scalar in every lane."""
     t = ir.VectorType(value.type, LANES)
@@ -137,12 +174,15 @@ def spread(b, value):
 
 
 def load_wide(b, address, kind, count):
-    """`count` elements of a kind ("bf16", "f32" or "i8") as float32."""
+    """`count` elements of a kind ("bf16", "f32", "i8", or one of FLOAT8) as float32."""
     if kind == "f32":
         return load(b, address, ir.VectorType(F32, count), 4)
     if kind == "bf16":
         return widen_bf16(b, load(b, address, ir.VectorType(I16, count), 2))
-    bits = b.sext(load(b, address, ir.VectorType(I8, count), 1), ir.VectorType(I32, count))
+    bits = load(b, address, ir.VectorType(I8, count), 1)
+    if kind in FLOAT8:
+        return widen_float8(b, bits, kind)
+    bits = b.sext(bits, ir.VectorType(I32, count))
     return b.sitofp(bits, ir.VectorType(F32, count))
 
 
@@ -246,6 +286,26 @@ def load_v_bf16(b, address):
 @op(vector, types.intp)
 def load_v_i8(b, address):
     return load_wide(b, address, "i8", LANES)
+
+
+@op(vector, types.intp)
+def load_v_e4m3(b, address):
+    return load_wide(b, address, "e4m3", LANES)
+
+
+@op(vector, types.intp)
+def load_v_e5m2(b, address):
+    return load_wide(b, address, "e5m2", LANES)
+
+
+@op(types.none, types.intp, vector)
+def store_v_e4m3(b, address, value):
+    store(b, narrow_float8(b, value, "e4m3"), address, 1)
+
+
+@op(types.none, types.intp, vector)
+def store_v_e5m2(b, address, value):
+    store(b, narrow_float8(b, value, "e5m2"), address, 1)
 
 
 def _narrow_i8(b, value):

@@ -15,8 +15,10 @@ Dimension key
 
 import importlib
 
+import jax.numpy as jnp
+
 from pallas_kernels.platform import current_platform
-from pallas_kernels.ragged_paged_attention import gpu_plan, tpu_plan
+from pallas_kernels.ragged_paged_attention import gpu_plan, scales, tpu_plan
 
 # Name -> module beside this file. A module has `attend`, of the door's signature, and `supports`, which says
 # whether it can run these shapes and dtypes here. Loaded on first use: a platform's kernels import its compiler.
@@ -64,7 +66,8 @@ def ragged_paged_attention(
         window: int or int32 scalar: a query at position p sees keys at positions > p - window. None for all.
         soft_cap: float c: logits become c * tanh(logits / c). None for none.
         sinks_N: a logit a query head, added to the softmax's sum without a value. None for none.
-        k_scale, v_scale: float or scalar: an int8 or fp8 cache holds key / k_scale. None for 1.
+        k_scale, v_scale: float or scalar: an int8 or fp8 cache holds key / k_scale. None for 1, and for an int8 cache
+            that holds a scale for each key and value beside them; see scales.py.
         page_offset: int or int32 scalar added to every page id, for layers that share one array.
         max_q_len: int: no row has more queries than this; None when any may have all T. Known while tracing, it
             spares some implementations the part of the program that reads long chunks.
@@ -74,13 +77,16 @@ def ragged_paged_attention(
         `[T, N, H]` in q's dtype, padding tokens finite; and the cache with this step's tokens in it.
 
     Raises:
-        ValueError: N is not a multiple of K, the cache does not hold K heads, or the implementation is unknown.
+        ValueError: N is not a multiple of K, the cache does not hold K heads, scales are given where the cache has its
+            own, or the implementation is unknown.
     """
     N, K, C = q_TNH.shape[1], k_TKH.shape[1], cache_PBCH.shape[2]
     if N % K:
         raise ValueError(f"{N} query heads cannot share {K} kv heads evenly; check num_key_value_heads in config.json")
     if C < 2 * K:
         raise ValueError(f"a cache of {C} vectors a token cannot hold {K} keys and values; shape it by cache_shape")
+    if scales.are_in(cache_PBCH, K) and not (k_scale is None and v_scale is None):
+        raise ValueError("this cache holds a scale for each key and value; leave k_scale and v_scale out")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
     name = implementation or _fastest(q_TNH, k_TKH, cache_PBCH)
@@ -104,12 +110,18 @@ def ragged_paged_attention(
     )
 
 
-def cache_shape(num_pages, page_size, num_kv_heads, head_dim, platform) -> tuple[int, ...]:
-    """The shape of one layer's pages on a platform: `[P, B, C, H]`, C or H padded where its kernels need it."""
+def cache_shape(num_pages, page_size, num_kv_heads, head_dim, platform, dtype=None) -> tuple[int, ...]:
+    """The shape of one layer's pages on a platform: `[P, B, C, H]`, C or H padded where its kernels need it.
+
+    An int8 cache has room for scales of its own, where the platform's kernels read them: everywhere but on a TPU.
+    """
     padded = PADDED_SHAPES.get(platform)
+    shape = (num_pages, page_size, 2 * num_kv_heads, head_dim)
     if padded is not None:
-        return padded(num_pages, page_size, num_kv_heads, head_dim)
-    return (num_pages, page_size, 2 * num_kv_heads, head_dim)
+        shape = padded(num_pages, page_size, num_kv_heads, head_dim)
+    if dtype is None or jnp.dtype(dtype) != jnp.int8 or platform == "tpu":
+        return shape
+    return (*shape[:2], shape[2] + scales.num_vectors(num_kv_heads, shape[3]), shape[3])
 
 
 def _fastest(q_TNH, k_TKH, cache_PBCH) -> str:

@@ -10,6 +10,7 @@ Dimension key as in the package, and
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.ragged_paged_attention import scales
 from pallas_kernels.ragged_paged_attention.reference import MASKED
 
 QUERIES, KEYS = 256, 1024
@@ -37,7 +38,7 @@ def attend_pages(
     K, B = num_kv_heads, cache_PBCH.shape[1]
     M = page_table_SM.shape[1]
     queries, pages = min(QUERIES, T), max(1, min(M, KEYS // B))
-    quantised = cache_PBCH.dtype.itemsize == 1
+    quantised, has_scales = cache_PBCH.dtype.itemsize == 1, scales.are_in(cache_PBCH, K)
     scale = scale * (k_scale if quantised and k_scale is not None else 1.0)
     page_table_SM = jnp.pad(page_table_SM, ((0, 0), (0, -M % pages)))
     # A block may start near the last token: it is read and written with room to spare.
@@ -49,7 +50,9 @@ def attend_pages(
         kv_UCH = cache_PBCH.at[page_W + page_offset].get(mode="clip").reshape(pages * B, *cache_PBCH.shape[2:])
         position_U = i * pages * B + jnp.arange(pages * B)
         used_U = (position_U >= begin) & (position_U < end)
-        kv_UCH = jnp.where(used_U[:, None, None], kv_UCH[:, : 2 * K, :H].astype(q_TNH.dtype), 0)
+        scale_UC = scales.of_tokens(kv_UCH, K)[..., None] if has_scales else 1
+        kv_UCH = (kv_UCH[:, : 2 * K, :H].astype(q_TNH.dtype) * scale_UC).astype(q_TNH.dtype)
+        kv_UCH = jnp.where(used_U[:, None, None], kv_UCH, 0)
         return kv_UCH[:, 0::2], kv_UCH[:, 1::2], position_U
 
     def fold_queries(s, b, out_TKGH):

@@ -6,6 +6,8 @@ One row after another, as many as there really are; a row gathers all pages its 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ragged_paged_attention import scales
+
 MASKED = -1e30  # finite: -inf minus -inf is nan
 
 
@@ -75,10 +77,18 @@ def count_at_most(ends_S, x_T):
 def write(cache_PBCH, k_TKH, v_TKH, k_scale, v_scale, page_table_SM, row_T, position_T, live_T, page_offset):
     P, B, C, padded_H = cache_PBCH.shape
     T, K, H = k_TKH.shape
+    has_scales = scales.are_in(cache_PBCH, K)
     page_T = page_table_SM[row_T, jnp.clip(position_T // B, 0, page_table_SM.shape[1] - 1)] + page_offset
     page_T = jnp.where(live_T, page_T, P)  # past the end, hence dropped
-    kv_TCH = jnp.stack([store(k_TKH, k_scale, cache_PBCH), store(v_TKH, v_scale, cache_PBCH)], 2).reshape(T, 2 * K, H)
-    kv_TCH = jnp.pad(kv_TCH, ((0, 0), (0, C - 2 * K), (0, padded_H - H)))
+    if has_scales:
+        (k_TKH, k_scale_TK), (v_TKH, v_scale_TK) = scales.rounded(k_TKH), scales.rounded(v_TKH)
+        scale_TC = jnp.stack([k_scale_TK, v_scale_TK], axis=2).reshape(T, 2 * K)
+    else:
+        k_TKH, v_TKH = store(k_TKH, k_scale, cache_PBCH), store(v_TKH, v_scale, cache_PBCH)
+    kv_TCH = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, 2 * K, H)
+    kv_TCH = jnp.pad(kv_TCH, ((0, 0), (0, 0 if has_scales else C - 2 * K), (0, padded_H - H)))
+    if has_scales:
+        kv_TCH = jnp.concatenate([kv_TCH, scales.as_vectors(scale_TC, padded_H)], axis=1)
     return cache_PBCH.at[page_T, position_T % B].set(kv_TCH, mode="drop")
 
 
@@ -96,9 +106,12 @@ def store(x_TKH, scale, cache_PBCH):
 
 def _read(cache_PBCH, page_M, kv_len, K, H, k_scale, v_scale):
     """Keys and values of one row as float32, zero past its length (pages not in use may hold anything)."""
-    kv_UCH = cache_PBCH.at[page_M].get(mode="clip").reshape(-1, *cache_PBCH.shape[2:])[:, : 2 * K, :H]
+    kv_UCH = cache_PBCH.at[page_M].get(mode="clip").reshape(-1, *cache_PBCH.shape[2:])
     live_U = jnp.arange(kv_UCH.shape[0]) < kv_len
-    kv_UCH = jnp.where(live_U[:, None, None], kv_UCH.astype(jnp.float32), 0)
+    if scales.are_in(cache_PBCH, K):
+        scale_UC = scales.of_tokens(kv_UCH, K)
+        kv_UCH = kv_UCH[:, : 2 * K, :H].astype(jnp.float32) * scale_UC[..., None]
+    kv_UCH = jnp.where(live_U[:, None, None], kv_UCH[:, : 2 * K, :H].astype(jnp.float32), 0)
     k_UKH, v_UKH = kv_UCH[:, 0::2], kv_UCH[:, 1::2]
     quantised = cache_PBCH.dtype.itemsize == 1
     return (

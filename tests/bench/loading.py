@@ -86,7 +86,7 @@ def load_once(model: str, cache: str, quantization: str, stacked: bool, place: d
 
     plan = types.SimpleNamespace(platform="cpu", dtype="bfloat16", quantization=quantization or None, stacked=stacked)
     checkpoint, size = open_checkpoint(model), len(jax.devices())
-    config, options = mesh.fit(checkpoint.config, size), {"is_int8": quantization == "int8"}
+    config, options = mesh.fit(checkpoint.config, size, plan.quantization), {"quantization": plan.quantization}
     _, shapes = abstract(checkpoint.model_class, config, "bfloat16", stacked, **options)
     if size == 1:
         tensor, wheres = None, dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))

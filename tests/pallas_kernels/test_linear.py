@@ -141,6 +141,40 @@ def test_int8_products_are_exact_at_the_extremes():
     np.testing.assert_array_equal(y_TO, np.asarray(x_TI, np.int64) @ np.asarray(signs, np.int64).T)
 
 
+@pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-4), (jnp.bfloat16, 0.1)], ids=["f32", "bf16"])
+@pytest.mark.parametrize("T, I, J, out", [(1, 64, 1, (5,)), (9, 192, 3, (2, 40))], ids=str)
+def test_int4_kernels_are_their_steps_times_their_scales(T, I, J, out, dtype, atol):
+    x_TI, rng = random(T, I).astype(dtype), np.random.default_rng(0)
+    steps = rng.integers(-8, 8, (*out, I))
+    scale, offset = (rng.standard_normal((*out, J)).astype(np.float32) for _ in range(2))
+    kernel = (steps.reshape(*out, J, -1) * scale[..., None] + offset[..., None]).reshape(*out, I)
+    want = np.einsum("ti,...oi->t...o", np.asarray(x_TI, np.float64), kernel)
+    if len(out) == 2:
+        want = np.maximum(want[:, 0], 0) * want[:, 1]
+    options = {"activation": "relu", "residual_TO": random(T, out[-1])} if len(out) == 2 else {}
+    options |= {"kernel_scale": jnp.asarray(scale), "kernel_offset": jnp.asarray(offset), "out_dtype": jnp.float32}
+    got_TO = linear(x_TI, jnp.asarray(steps, jnp.int4), **options)
+    want = want + np.asarray(options.get("residual_TO", 0), np.float64)
+    np.testing.assert_allclose(got_TO, want, atol=atol * max(1, np.abs(want).max()), rtol=0)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype, rtol", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)], ids=["f32", "bf16"])
+@pytest.mark.parametrize("T, I, J, out", [(1, 32, 1, (5,)), (9, 192, 6, (2, 40)), (70, 96, 3, (67,))], ids=str)
+def test_int4_cpu_kernel_matches_the_reference(T, I, J, out, dtype, rtol):
+    x_TI, rng = random(T, I).astype(dtype), np.random.default_rng(1)
+    scale, offset = (jnp.asarray(rng.standard_normal((*out, J)), jnp.bfloat16) for _ in range(2))
+    kernel = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (*out, I)), jnp.int4)
+    options = {"kernel_scale": scale, "kernel_offset": offset, "out_dtype": jnp.float32}
+    options |= {"activation": "silu"} if len(out) == 2 else {}
+    want_TO = linear(x_TI, kernel, implementation="reference", **options)
+    got_TO = linear(x_TI, kernel, implementation="cpu", **options)
+    np.testing.assert_allclose(got_TO, want_TO, atol=rtol * np.abs(want_TO).max(), rtol=0)
+    np.testing.assert_array_equal(linear(x_TI[:1], kernel, implementation="cpu", **options), got_TO[:1])
+    some_TO = linear(x_TI.at[-1].set(jnp.nan), kernel, jnp.int32(T - 1), implementation="cpu", **options)
+    np.testing.assert_array_equal(some_TO[: T - 1], got_TO[: T - 1])
+
+
 @needs_cpu_kernels
 def test_shapes_the_kernel_cannot_take_run_all_the_same():
     x_TI, kernel = random(3, 20), random(4, 20)
@@ -150,8 +184,13 @@ def test_shapes_the_kernel_cannot_take_run_all_the_same():
 def test_refusals_say_what_to_do():
     with pytest.raises(ValueError, match=r"\[out, in\]"):
         linear(jnp.zeros((2, 3)), jnp.zeros((3, 5)))
-    with pytest.raises(ValueError, match="int8 kernels"):
+    with pytest.raises(ValueError, match="int8 and int4 kernels"):
         linear(jnp.zeros((2, 3)), jnp.zeros((5, 3), jnp.int8))
+    with pytest.raises(ValueError, match="share a row's inputs evenly"):
+        three = {"kernel_scale": jnp.ones((5, 3)), "kernel_offset": jnp.ones((5, 3))}
+        linear(jnp.zeros((2, 64)), jnp.zeros((5, 64), jnp.int4), **three)
+    with pytest.raises(ValueError, match="kernel_offset None; int4 kernels"):
+        linear(jnp.zeros((2, 64)), jnp.zeros((5, 64), jnp.int4), kernel_scale=jnp.ones((5, 2)))
     with pytest.raises(ValueError, match="choose one of .*silu"):
         linear(jnp.zeros((2, 3)), jnp.zeros((5, 3)), activation="tan")
     with pytest.raises(ValueError, match="choose one of .*reference"):

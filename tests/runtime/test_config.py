@@ -57,6 +57,10 @@ def test_what_was_asked_is_taken():
         ({"max_logprobs": 0}, "max_logprobs", 0),
         ({"max_logprobs": -1}, "num_logprobs", 1000),  # the whole vocabulary
         ({"kv_cache_dtype": "float32"}, "kv_dtype", "float32"),
+        ({"kv_cache_dtype": "int8"}, "kv_dtype", "int8"),
+        ({"kv_cache_dtype": "fp8"}, "kv_dtype", "float8_e4m3fn"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "kv_dtype", "float8_e4m3fn"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_dtype", "float8_e5m2"),
         ({"kv_cache_memory_bytes": 320_000 * 300}, "num_pages", 300),
         ({"enable_prefix_caching": False}, "enable_prefix_caching", False),
         ({"scheduling_policy": "priority"}, "scheduling_policy", "priority"),
@@ -88,7 +92,8 @@ def test_an_accelerators_share_of_memory_is_the_one_asked_for():
         ),
         ({}, {"kv_cache_memory_bytes": 6 * GIB}, "do not fit the 6,144 MiB of memory that are free"),
         ({}, {"dtype": "int3"}, "dtype 'int3' is not known; choose one of auto"),
-        ({}, {"quantization": "int3"}, "quantization 'int3' is not known; use int8"),
+        ({}, {"quantization": "int3"}, "quantization 'int3' is not known; use int8 or int4, or leave it out"),
+        ({}, {"kv_cache_dtype": "fp4"}, "kv_cache_dtype 'fp4' is not known; choose one of auto, bfloat16, float16"),
         ({}, {"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5; it must be in (0, 1]"),
         ({}, {"max_num_seqs": 0}, "max_num_seqs is 0; it must be at least 1"),
         ({}, {"scheduling_policy": "lifo"}, "scheduling_policy 'lifo' is not known"),
@@ -97,6 +102,12 @@ def test_an_accelerators_share_of_memory_is_the_one_asked_for():
 def test_what_cannot_be_is_refused_with_its_numbers(changes, wishes, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         plan(changes=changes, **wishes)
+
+
+def test_a_tpu_refuses_pages_with_scales():
+    with pytest.raises(ConfigError, match="the TPU's kernel does not read; use fp8"):
+        plan("tpu", kv_cache_dtype="int8")
+    assert plan("tpu", {"memory": Memory(16 * GIB, 16 * GIB)}, kv_cache_dtype="fp8").kv_dtype == "float8_e4m3fn"
 
 
 def test_a_longer_length_than_the_checkpoint_can_be_insisted_on(monkeypatch):

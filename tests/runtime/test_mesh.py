@@ -51,6 +51,17 @@ def test_several_devices_give_the_tokens_of_one(family, changes, sizes, options)
         check_collectives(found["collectives"], found["weights"], size)
 
 
+def test_several_devices_give_the_tokens_of_one_with_rounded_weights_and_pages():
+    """Log probabilities may part: what lies between two steps is rounded up here and down there."""
+    changes = {"num_attention_heads": 8, "head_dim": 32, "intermediate_size": 64}
+    alone, split = run("qwen3", changes, [1, 2], quantization="int4", kv_cache_dtype="int8")
+    for request in ("0", "1", "2"):
+        assert len(alone["answers"][request]) > 5 and split["answers"][request] == alone["answers"][request]
+    for name in ("qkv.kernel", "o.kernel_scale", "down.kernel_offset"):
+        whole, part = split["weights"][f"layers.0.{'mlp' if 'down' in name else 'attn'}.{name}"]
+        assert math.prod(part) * 2 == math.prod(whole)
+
+
 def check_collectives(collectives, weights, size):
     """Two sums a layer and one for a split token table; nothing as large as a weight is ever gathered."""
     layers = 3 if any("layers.2." in name for name in weights) else 2
@@ -71,7 +82,7 @@ def test_weights_and_steps_of_a_mesh_are_kept_and_found_again():
     assert first["answers"] == again["answers"] == other["answers"]
 
 
-CONFIG = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=14336)
+CONFIG = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=14336, head_dim=128)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +100,15 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(size, message):
     with pytest.raises(ConfigError) as refused:
         mesh.fit(CONFIG, size)
     assert message in str(refused.value) and "(of 1, 2, 4, 8, 16, 32)" in str(refused.value)
+
+
+def test_int4_groups_are_not_cut_by_a_mesh():
+    config = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=9 * 32 * 4, head_dim=128)
+    message = "tensor_parallel_size 8 does not divide 36 groups of 32 feed-forward inputs; 4 does (of 1, 2, 4)"
+    with pytest.raises(ConfigError) as refused:
+        mesh.fit(config, 8, "int4")
+    assert message in str(refused.value)
+    assert mesh.fit(config, 8, "int8") is config
 
 
 def test_more_devices_than_there_are_is_refused():

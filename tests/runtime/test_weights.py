@@ -25,6 +25,7 @@ def run(family, changes, runs):
 
 
 OPTIONS = [{}, {"stacked": True}, {"quantization": "int8"}]
+FOUR_GROUPS = {"num_attention_heads": 8, "head_dim": 32, "intermediate_size": 128}
 SIZES = (1, 2, 4)
 
 
@@ -33,9 +34,17 @@ SIZES = (1, 2, 4)
 )
 def test_kept_weights_are_placed_on_any_mesh_as_if_converted_for_it(family, changes):
     """From one device to four, from four to two, and with kv heads repeated on the way and back."""
+    check_kept(family, changes, OPTIONS)
+
+
+def test_kept_int4_weights_are_placed_on_any_mesh_too():
+    check_kept("llama", FOUR_GROUPS, [{"quantization": "int4"}])
+
+
+def check_kept(family, changes, every):
     kept = lambda cache, first: [[size, {"cache": cache}] for size in (first, *SIZES)]
     each = [*([size, {}] for size in SIZES), *kept("by one", 1), *kept("by four", 4)]
-    found, log = run(family, changes, [[size, options | more] for options in OPTIONS for size, more in each])
+    found, log = run(family, changes, [[size, options | more] for options in every for size, more in each])
     for start in range(0, len(found), len(each)):
         fresh = dict(zip(SIZES, found[start : start + 3], strict=True))
         assert all(one["read"] for one in fresh.values())

@@ -32,10 +32,10 @@ def digest(array) -> str:
 
 
 def placed(checkpoint, folder, devices, quantization="", stacked=False, cache=""):
-    is_int8 = quantization == "int8"
-    plan = types.SimpleNamespace(platform="cpu", dtype="bfloat16", quantization=quantization or None, stacked=stacked)
-    layout = Layout.of(checkpoint, stacked, is_int8, devices, machine.here())
-    _, shapes = abstract(checkpoint.model_class, layout.config, jax.numpy.bfloat16, stacked, is_int8=is_int8)
+    method = quantization or None
+    plan = types.SimpleNamespace(platform="cpu", dtype="bfloat16", quantization=method, stacked=stacked)
+    layout = Layout.of(checkpoint, stacked, method, devices, machine.here())
+    _, shapes = abstract(checkpoint.model_class, layout.config, jax.numpy.bfloat16, stacked, quantization=method)
     asked = []
     source = checkpoint.source
     read = type(source).read

@@ -1,0 +1,45 @@
+"""The TPU's product with int4 weights, in Pallas's interpreter, against plain numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import int4_matmul
+
+
+def a_product(T, O, I, G, seed=0):
+    rng = np.random.default_rng(seed)
+    kernel = rng.integers(-8, 8, (O, I))
+    scale, offset = (jnp.asarray(rng.standard_normal((O, I // G)), jnp.bfloat16) for _ in range(2))
+    wide = lambda x: np.asarray(x, np.float64)[..., None]
+    exact = (kernel.reshape(O, -1, G) * wide(scale) + wide(offset)).reshape(O, I)
+    x_TI = jnp.asarray(rng.standard_normal((T, I)), jnp.bfloat16)
+    return (x_TI, jnp.asarray(kernel, jnp.int4), scale, offset), np.asarray(x_TI, np.float64) @ exact.T
+
+
+# The scales of the few are applied in float32, those of the many make bfloat16 weights.
+@pytest.mark.parametrize(
+    "T, O, I, G, atol",
+    [(1, 128, 128, 32, 1e-6), (17, 384, 640, 16, 1e-6), (64, 128, 256, 64, 1e-6), (65, 256, 384, 32, 5e-3)],
+)
+def test_matches_numpy(T, O, I, G, atol):
+    arguments, want = a_product(T, O, I, G)
+    assert int4_matmul.supports(*arguments[:3])
+    got = int4_matmul.multiply(*arguments, interpret=True)
+    np.testing.assert_allclose(got, want, atol=atol * np.abs(want).max(), rtol=0)
+
+
+def test_more_tokens_than_one_block_has(monkeypatch):
+    monkeypatch.setattr(int4_matmul, "MOST_ROWS", 32)
+    monkeypatch.setattr(int4_matmul, "FEW", 16)
+    arguments, want = a_product(70, 128, 128, 32)
+    got = int4_matmul.multiply(*arguments, interpret=True)
+    np.testing.assert_allclose(got, want, atol=5e-3 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "O, I, G, dtype", [(100, 128, 32, "bfloat16"), (128, 96, 32, "bfloat16"), (128, 128, 32, "float32")]
+)
+def test_what_does_not_fill_lanes_is_left_to_the_reference(O, I, G, dtype):
+    (x_TI, *rest), _ = a_product(4, O, I, G)
+    assert not int4_matmul.supports(x_TI.astype(dtype), *rest[:2])
