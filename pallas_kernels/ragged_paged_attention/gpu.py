@@ -192,7 +192,8 @@ class _Tile:
     @property
     def parts(self):
         """The head dimension cut into parts, each accumulated on its own: (first, width)."""
-        width = min(self.head_dim, PART)
+        # Of a split decode answers are float32: by halves they leave room for a second block of threads.
+        width = 64 if self.splits > 1 and self.head_dim == 128 else min(self.head_dim, PART)
         return [(first, width) for first in range(0, self.head_dim, width)]
 
     @property
@@ -219,7 +220,7 @@ class _Tile:
                 k_smem=plgpu.SMEM((self.stages, TILE, H), self.dtype, transforms=tiled),
                 v_smem=plgpu.SMEM((self.stages, TILE, H), self.dtype, transforms=tiled),
                 p_smem=plgpu.SMEM((TILE, TILE), self.dtype, transforms=tiled),
-                out_smem=plgpu.SMEM((TILE, min(H, PART)), out_dtype),
+                out_smem=plgpu.SMEM((TILE, self.parts[0][1]), out_dtype),
                 row_smem=plgpu.SMEM((TILE,), jnp.float32),
                 q_barrier=plgpu.Barrier(),
                 row_barrier=plgpu.Barrier(),

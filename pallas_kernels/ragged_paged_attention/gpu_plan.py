@@ -10,8 +10,12 @@ HOPPER = ("H100", "H200", "GH200", "H800", "H20")
 
 
 def cache_shape(num_pages, page_size, num_kv_heads, head_dim) -> tuple[int, int, int, int]:
-    """One layer's pages on a GPU: H in whole rows of 128 bytes (64 of bfloat16), which is what TMA swizzles."""
-    return (num_pages, page_size, 2 * num_kv_heads, -(-head_dim // 64) * 64)
+    """One layer's pages on a GPU: H in whole rows of 128 bytes (64 of bfloat16), which is what TMA swizzles.
+
+    Past 128 in whole 128s, which is how the kernel cuts its accumulators.
+    """
+    width = 64 if head_dim <= 128 else 128
+    return (num_pages, page_size, 2 * num_kv_heads, -(-head_dim // width) * width)
 
 
 def refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:

@@ -2,12 +2,14 @@
 
     python -m tests.bench.kernels                      figures from the shapes alone, for every chip below
     python -m tests.bench.kernels --schedule v5e v6e   also what the TPU compiler makes of each (needs libtpu only)
+    python -m tests.bench.kernels --assemble           also what CUDA's assembler makes of the H100's kernels
     python -m tests.bench.kernels --time               also times on the accelerator of this machine
 
 The floor is the larger of bytes / bandwidth and FLOPs / peak: no program is faster. The compiler's figures are static:
 bundles of the loop that folds one block of keys for all heads, with no stalls and no memory latency in them, so they
-say "this much work must hide under that much fetching", not how long a step takes. `jax` rows are the kernel that JAX
-ships (jax.experimental.pallas.ops.tpu.ragged_paged_attention), given block sizes of about the same reach.
+say "this much work must hide under that much fetching", not how long a step takes. Blocks differ in size, so the last
+column divides by their query-key pairs. `jax` rows are the kernel that JAX ships
+(jax.experimental.pallas.ops.tpu.ragged_paged_attention); its decodes work on 32 query tokens, of which one counts.
 
 Dimension key as in pallas_kernels.ragged_paged_attention.
 """
@@ -24,6 +26,7 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "support"))
 
+import absent_gpu
 import absent_tpu
 
 
@@ -34,11 +37,12 @@ class Chip:
     bandwidth: float
     flops: float
     clock: float | None = None
+    kind: str = ""  # what JAX calls the device
 
 
 CHIPS = {
-    "v5e": Chip(819e9, 197e12, 1.5e9),
-    "v6e": Chip(1640e9, 918e12, 1.75e9),
+    "v5e": Chip(819e9, 197e12, 1.5e9, "TPU v5 lite"),
+    "v6e": Chip(1640e9, 918e12, 1.75e9, "TPU v6 lite"),
     "v5p": Chip(2765e9, 459e12, 1.75e9),
     "tpu7x": Chip(7380e9, 2307e12),
     "H100": Chip(3350e9, 989e12),
@@ -81,7 +85,7 @@ class Case:
     def floor(self, chip):
         return max(self.bytes / chip.bandwidth, self.flops / chip.flops)
 
-    def shapes(self, num_pages=None):
+    def shapes(self, num_pages=None, platform=None):
         import jax
         import jax.numpy as jnp
 
@@ -93,11 +97,12 @@ class Case:
         array = jax.ShapeDtypeStruct
         return [
             *(array((T, heads, self.H), jnp.bfloat16) for heads in (self.N, self.K, self.K)),
-            array(cache_shape(P, self.B, self.K, self.H, _platform()), jnp.dtype(self.dtype)),
+            array(cache_shape(P, self.B, self.K, self.H, platform or _platform()), jnp.dtype(self.dtype)),
             *(array(shape, jnp.int32) for shape in [(self.rows,), (self.rows, M), (self.rows + 1,), (2,)]),
         ]
 
 
+SHIPPED_QUERIES = 128  # of a block of a chunk, in the kernel that JAX ships
 CASES = {
     "8B decode, 64 x 1k": Case(64, 1024, 1),
     "8B decode, 64 x 8k": Case(64, 8192, 1),
@@ -105,14 +110,18 @@ CASES = {
     "8B chunk, 4 x 512 of 2k": Case(4, 2048, 512),
     "8B chunk, 1 x 1k of 8k": Case(1, 8192, 1024),
     "8B on one of 8 chips, decode": Case(64, 2048, 1, N=4, K=1),
+    "8B on one of 8 chips, chunk": Case(1, 8192, 1024, N=4, K=1),
     "heads of 64, decode": Case(64, 2048, 1, H=64),
+    "heads of 64, chunk": Case(4, 2048, 512, H=64),
     "heads of 256, decode": Case(64, 2048, 1, N=16, K=8, H=256),
+    "heads of 256, chunk": Case(4, 2048, 512, N=16, K=8, H=256),
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--schedule", nargs="*", metavar="CHIP", help="chips to compile for with libtpu")
+    parser.add_argument("--assemble", action="store_true", help="assemble the H100's kernels with ptxas")
     parser.add_argument("--time", action="store_true", help="time on this machine's accelerator")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--case", nargs="*", default=list(CASES), choices=list(CASES))
@@ -122,10 +131,16 @@ def main():
         reason = absent_tpu.prepare(dump)
         if reason:
             sys.exit(reason)
+    if options.assemble:
+        reason = absent_gpu.prepare() or (None if absent_gpu.assembler() else "CUDA's ptxas is not installed")
+        if reason:
+            sys.exit(reason)
     header()
     shape_table(options.case)
     for chip in options.schedule or []:
         schedule_table(chip, options.case, dump)
+    if options.assemble:
+        assembler_table(options.case)
     if options.time:
         time_table(options.case, options.runs)
     if dump:
@@ -148,7 +163,17 @@ def shape_table(names):
 
 def schedule_table(chip, names, dump):
     print(f"\n{chip}: static schedule. 'block' is the loop over one block of keys, all heads")
-    columns = ("compile s", "VMEM MiB", "bundles", "spills", "block tok", "block bnd", "us/block", "fetch us")
+    columns = (
+        "compile s",
+        "VMEM MiB",
+        "bundles",
+        "spills",
+        "block tok",
+        "block bnd",
+        "us/block",
+        "fetch us",
+        "bnd/kpair",
+    )
     print(f"{'case':32}{'kernel':8}" + "".join(f"{c:>10}" for c in columns))
     for name in names:
         for kernel in ("ours", "jax"):
@@ -163,24 +188,27 @@ def _schedule_row(chip, case, kernel, dump):
     for old in dump.iterdir():
         old.unlink()
     if kernel == "ours":
-        function, shapes, tokens = _ours(chip, case)
+        function, shapes, blocks = _ours(chip, case)
+        tokens, queries = blocks.compute, blocks.query
     else:
         function, shapes, tokens = _shipped(case)
+        queries = 1 if case.new == 1 else SHIPPED_QUERIES
     executable, seconds = absent_tpu.compile_for(chip, function, shapes, donate=(3,) if kernel == "ours" else ())
     schedule = absent_tpu.schedule(dump, "ragged_paged_attention" if kernel == "ours" else "ragged")
     sizes = _scoped_vmem(executable.as_text())
-    block = _block_bundles(schedule, case) if kernel == "ours" else _largest_loop(schedule)
+    block = _block_bundles(schedule, case, tokens) if kernel == "ours" else _largest_loop(schedule)
     token_bytes = case.cache_bytes / case.rows / case.length
     clock = CHIPS[chip].clock
     cells = (
         f"{seconds:10.1f}{sizes / 2**20:10.1f}{schedule.bundles:10}{schedule.uses['SPILL']:10}{tokens:10}{block:10}"
         f"{block / clock * 1e6:10.2f}{tokens * token_bytes / CHIPS[chip].bandwidth * 1e6:10.2f}"
+        f"{block / (tokens * queries) * 1000:10.1f}"
     )
     return cells
 
 
-def _block_bundles(schedule, case):
-    """Bundles that one block of keys takes in our kernel, the turns of the loops inside it counted.
+def _block_bundles(schedule, case, tokens):
+    """Bundles that one block of so many keys takes in our kernel, the turns of the loops inside it counted.
 
     Decodes come first in the program, chunks second: each a loop over items with one over blocks inside. Inside
     that are two ways to unpack the block, of which one runs, and, when heads are not interleaved, a loop over heads.
@@ -194,8 +222,6 @@ def _block_bundles(schedule, case):
     heads = [loop.bundles for loop in inside if loop.uses["MXU"]]
     unpack = [loop.bundles for loop in inside if not loop.uses["MXU"] and loop.uses["VSTORE"]]
     together = tpu_plan.heads_together(case.K, 1 if case.new == 1 else tpu.QUERY_GROUP)
-    shapes = case.shapes(num_pages=256)
-    tokens = tpu_plan.blocks(*shapes[:2], shapes[3], shapes[5].shape[1], "decode" if case.new == 1 else "chunk").compute
     turns = max(1, tokens // tpu.UNPACKED_TOKENS)
     return block.bundles - sum(heads) - sum(unpack) + sum(heads) * case.K // together + max(unpack, default=0) * turns
 
@@ -209,10 +235,10 @@ def _ours(chip, case):
     from pallas_kernels.ragged_paged_attention import tpu, tpu_plan
 
     shapes = case.shapes(num_pages=256)
-    blocks = tpu_plan.blocks(
-        shapes[0], shapes[1], shapes[3], shapes[5].shape[1], "decode" if case.new == 1 else "chunk"
-    )
-    return functools.partial(tpu.attend, scale=case.H**-0.5), shapes, blocks.compute
+    case_name = "decode" if case.new == 1 else "chunk"
+    q, k, _, cache, _, table, *_ = shapes
+    blocks = tpu_plan.blocks(q, k, cache, table.shape[1], case_name, CHIPS[chip].kind)
+    return functools.partial(tpu.attend, scale=case.H**-0.5), shapes, blocks
 
 
 def _shipped(case):
@@ -229,7 +255,7 @@ def _shipped(case):
         ragged_paged_attention,
         sm_scale=case.H**-0.5,
         num_kv_pages_per_block=pages,
-        num_queries_per_block=32 if case.new == 1 else 128,
+        num_queries_per_block=32 if case.new == 1 else SHIPPED_QUERIES,
         vmem_limit_bytes=64 * 2**20,
         **scales,
     )
@@ -241,6 +267,26 @@ def _scoped_vmem(text):
 
     sizes = re.findall(r'custom_call_target="tpu_custom_call".*?"memory_space":"1","offset":"\d+","size":"(\d+)"', text)
     return max(map(int, sizes), default=0)
+
+
+def assembler_table(names):
+    """Registers, spills and shared memory of each kernel on an H100: decodes, then rows of any length."""
+    from pallas_kernels.ragged_paged_attention import ragged_paged_attention
+
+    columns = ("compile s", "kernel", "registers", "spilled B", "shared B")
+    print(f"\nH100, pages of 32\n{'case':32}" + "".join(f"{c:>10}" for c in columns))
+    for name in names:
+        case = dataclasses.replace(CASES[name], B=32)
+        step = functools.partial(ragged_paged_attention, scale=case.H**-0.5)
+        with tempfile.TemporaryDirectory() as dump:
+            shapes = case.shapes(num_pages=256, platform="gpu")
+            _, seconds = absent_gpu.compile_for_h100(step, shapes, donate=(3,), dump=pathlib.Path(dump))
+            kernels = absent_gpu.kernels(pathlib.Path(dump))
+        for part, kernel in zip(("decodes", "any"), kernels, strict=False):
+            numbers = (kernel.registers, kernel.spilled_bytes, kernel.shared_bytes)
+            print(f"{name:32}{seconds:10.1f}{part:>10}" + "".join(f"{n:10,}" for n in numbers))
+        if not kernels:
+            print(f"{name:32}{seconds:10.1f}{'none':>10}  pages are gathered in XLA")
 
 
 def time_table(names, runs):

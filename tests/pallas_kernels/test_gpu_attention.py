@@ -168,3 +168,9 @@ def test_other_gpus_gather_pages():
     q, k, _, cache, *_ = kernel_batch.batch(PLAIN, [(1, 1)], gpu.cache_shape)
     assert "Hopper" in gpu_plan.kernel_refusal(q, k, cache, "NVIDIA A100-SXM4-80GB")
     assert gpu_plan.kernel_refusal(q, k, cache, "NVIDIA H100 80GB HBM3") is None
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 160, 192, 256])
+def test_pages_as_the_platform_shapes_them_are_taken(head_dim):
+    q, k, _, cache, *_ = kernel_batch.batch(Shape(head_dim=head_dim, cache_dtype="bfloat16"), [(1, 1)], gpu.cache_shape)
+    assert gpu_plan.kernel_refusal(q, k, cache, "NVIDIA H100 80GB HBM3") is None

@@ -18,6 +18,7 @@ if reason:
 # N, K, H, page size, dtype, tokens, whether the Mosaic kernel serves it
 CASES = {
     "Llama-3-8B decode": (32, 8, 128, 16, "bfloat16", 64, True),
+    "Llama-3-8B, few decodes, each split": (32, 8, 128, 16, "bfloat16", 8, True),
     "Llama-3-8B chunk, large pages": (32, 8, 128, 128, "bfloat16", 1024, True),
     "odd heads of 64": (9, 3, 64, 16, "bfloat16", 64, True),
     "heads of 256": (8, 4, 256, 32, "bfloat16", 64, True),
