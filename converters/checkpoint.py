@@ -88,10 +88,13 @@ class Checkpoint:
     def _read_tokenizer(self):
         return _read_tokenizer(self.path)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, dated: bool = True) -> str:
         """Identity of the content: equal for equal files, different when anything that matters changed.
 
         Small files are hashed whole; large ones by size, change time, both ends and samples in between.
+
+        Args:
+            dated: False leaves out the change time, which differs between copies on several hosts.
         """
         digest = hashlib.sha256()
         for path in self.files:
@@ -101,7 +104,8 @@ class Checkpoint:
                 if stat.st_size <= FULL_HASH_BYTES:
                     digest.update(file.read())
                     continue
-                digest.update(str(stat.st_mtime_ns).encode())
+                if dated:
+                    digest.update(str(stat.st_mtime_ns).encode())
                 for i in range(SAMPLES + 1):
                     file.seek(i * (stat.st_size - SAMPLE_BYTES) // SAMPLES)
                     digest.update(file.read(SAMPLE_BYTES))

@@ -1,39 +1,47 @@
-"""The server's face of the engine: one thread steps, coroutines listen.
+"""The server's face of the engine: a thread steps, coroutines listen.
 
 Two places of contact only: the inbox, which coroutines fill and the thread empties before each
 step, and one `call_soon_threadsafe` a step, which hands every request its new output.
+
+With data parallelism there are several engines, each on a thread and on devices of its own, and a request is sent to
+one of them, with all its choices. They share nothing that a step waits for: another design, one program over all
+devices with the rows split among them, would make each decode wait for whatever prompt any other replica reads, and
+needs its rows balanced in each step. An engine takes the interpreter for well under a millisecond a dispatch.
 """
 
 import asyncio
 import collections
 import functools
-import logging
-import threading
-import time
 from collections.abc import AsyncIterator, Callable
 
 from runtime.choice import Gain, Gains
 from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.engine_thread import EngineThread
 from runtime.errors import Busy, EngineStopped, NotReady
+from runtime.leader import Leader
+from runtime.merged_metrics import merged
 from runtime.params import SamplingParams
 from runtime.request import Prompt, RequestOutput
-
-log = logging.getLogger(__name__)
-
-STALE_S = 30.0  # an engine with work that has not stepped for so long is not healthy
+from runtime.router import Router
 
 
 class AsyncEngine:
-    """Runs an Engine on its own thread.
+    """Runs engines, replicas of one model, each on its own thread.
 
     Made by `AsyncEngine.start(config)`. All public methods are for the event loop's thread.
+
+    Args:
+        leader: of the other hosts, where the engine has devices on several.
+
+    Attributes:
+        engine: the first replica, for what is the same of all.
     """
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, *engines: Engine, leader: Leader | None = None):
+        self.engine = engine = engines[0]
         self.tokenizer = engine.tokenizer
-        self.metrics = engine.metrics
+        self.metrics = merged([each.metrics for each in engines])
         self.plan = engine.plan
         self.max_model_len = engine.plan.max_model_len
         self.vocab_size = engine.plan.vocab_size
@@ -43,31 +51,40 @@ class AsyncEngine:
         self.model_names = [engine.loaded.checkpoint.path.stem]
         self.compiler = engine.grammar_compiler()
         self._listeners: dict[str, Listener] = {}
-        self._inbox: collections.deque[Callable[[], None]] = collections.deque()
-        self._wake = threading.Event()
-        self._stopping = False
         self._draining = False
         self._failure: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next_id = 0
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._router = Router(len(engines), engine.plan.page_size)
+        self._threads = [
+            EngineThread(each, self._deliver, self._on_failure, f"engine {i}" if i else "engine")
+            for i, each in enumerate(engines)
+        ]
+
+        self._leader = leader
+        if leader is not None:
+            leader.on_loss = lambda why: self._on_failure(EngineStopped(why))
 
     @classmethod
-    def start(cls, config: EngineConfig, progress: Callable[[str, int, int], None] | None = None) -> "AsyncEngine":
+    def start(
+        cls,
+        config: EngineConfig,
+        progress: Callable[[str, int, int], None] | None = None,
+        leader: Leader | None = None,
+    ) -> "AsyncEngine":
         """Loads the model, compiles every step, and returns an engine ready to answer. Blocks."""
-        return cls(Engine.load(config, progress=progress))
+        return cls(*Engine.load_replicas(config, progress, leader), leader=leader)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Starts the engine's thread; outputs are delivered on this loop."""
+        """Starts the threads; outputs are delivered on this loop."""
         self._loop = loop
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     @property
     def is_healthy(self) -> bool:
-        """The thread lives, and made progress lately if it has work."""
-        if self._failure is not None or not self._thread.is_alive():
-            return False
-        return not self.engine.has_work or time.monotonic() - self.engine.last_progress < STALE_S
+        """Every replica lives, and made progress lately if it has work."""
+        return self._failure is None and all(thread.is_well for thread in self._threads)
 
     @property
     def is_accepting(self) -> bool:
@@ -96,16 +113,18 @@ class AsyncEngine:
             raise EngineStopped()
         if self._draining:
             raise NotReady("the server is shutting down; send the request to another one")
-        if self.engine.num_waiting + len(self._inbox) >= self.engine.plan.max_queued:
+        if sum(thread.num_waiting for thread in self._threads) >= self.plan.max_queued:
             raise Busy(retry_after_s=1.0)
         # The id inside is ours: what a client sends may repeat.
         self._next_id += 1
         key = f"{self._next_id}"
-        choices = self.engine.prepare(key, prompt, params, priority)
-        listener = self._listeners[key] = Listener()
+        choices = self.engine.prepare(key, prompt, params, priority)  # the same for every replica
+        replica = self._router.pick(prompt, len(choices))
+        thread = self._threads[replica]
+        listener = self._listeners[key] = Listener(thread)
         left = len(choices)
         try:
-            self._send(functools.partial(self.engine.add, choices))
+            thread.send(functools.partial(thread.engine.add, choices))
             while left:
                 gain = await listener.next()
                 choice = gain.choice
@@ -115,12 +134,13 @@ class AsyncEngine:
                 if output.finish_reason is not None:
                     left -= 1
                     if not choice.sequence.is_finished:
-                        self._send(functools.partial(self.engine.abort, key, choice.index))
+                        thread.send(functools.partial(thread.engine.abort, key, choice.index))
                 yield output
         finally:
             self._listeners.pop(key, None)
-            if left and self._failure is None:
-                self._send(functools.partial(self.engine.abort, key))
+            self._router.done(replica, len(choices))
+            if left:
+                thread.send(functools.partial(thread.engine.abort, key))
 
     def drain(self) -> None:
         """Refuses new requests from now on; the running ones go on."""
@@ -129,47 +149,37 @@ class AsyncEngine:
     def abort_all(self) -> None:
         """Aborts every open request; their listeners get an error."""
         for key, listener in list(self._listeners.items()):
-            self._send(functools.partial(self.engine.abort, key))
+            thread = listener.thread
+            thread.send(functools.partial(thread.engine.abort, key))
             listener.fail(EngineStopped("the server stopped before the answer was complete"))
 
     def reset_prefix_cache(self) -> None:
         """Forgets every page that nobody holds, before the next step."""
-        self._send(self.engine.reset_prefix_cache)
+        self._router.forget()
+        for thread in self._threads:
+            thread.send(thread.engine.reset_prefix_cache)
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """Ends the thread after the step in flight."""
-        self._stopping = True
-        self._wake.set()
+        """Ends the threads after the steps in flight."""
+        for thread in self._threads:
+            thread.ask_to_stop()
         if self.compiler is not None:
             self.compiler.close()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        for thread in self._threads:
+            thread.join(timeout_s)
+        if self._leader is not None:
+            self._leader.stop()
 
-    def _send(self, action: Callable[[], None]) -> None:
-        """Has the engine's thread do something before its next step."""
-        self._inbox.append(action)
-        self._wake.set()
-
-    # The engine's thread.
-
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                while self._inbox:
-                    self._inbox.popleft()()
-                if self.engine.has_work:
-                    self._deliver(self.engine.step())
-                else:
-                    self._wake.wait()
-                    self._wake.clear()
-        except BaseException as error:  # the boundary: whoever waits must hear of it
-            log.exception("the engine stopped")
-            self._failure = error
-            self._on_loop(self._fail_all)
+    # On an engine's thread, or a leader's.
 
     def _deliver(self, gains: Gains) -> None:
-        if gains:
-            self._on_loop(self._hand_out, gains)
+        self._on_loop(self._hand_out, gains)
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._failure = error
+        for thread in self._threads:
+            thread.ask_to_stop()
+        self._on_loop(self._fail_all)
 
     def _on_loop(self, function, *args) -> None:
         if self._loop is not None and not self._loop.is_closed():
@@ -192,9 +202,13 @@ class Listener:
     """What one request's coroutine waits on. All on the event loop.
 
     A reader who is slower than the engine gets what has come meanwhile as one larger piece.
+
+    Attributes:
+        thread: whose engine works for the request.
     """
 
-    def __init__(self):
+    def __init__(self, thread: EngineThread):
+        self.thread = thread
         self._gains: collections.deque[Gain] = collections.deque()
         self._failure: Exception | None = None
         self._ready = asyncio.Event()

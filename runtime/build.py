@@ -63,7 +63,8 @@ def run(sections: dict[str, dict[str, Any]], keeps: bool, progress: banner.Start
     place = machine.absent(target) if target else machine.here()
     wishes_of_engine = dict(sections["engine"])
     if target and "tensor_parallel_size" not in wishes_of_engine:
-        wishes_of_engine["tensor_parallel_size"] = len(place.devices)
+        replicas = wishes_of_engine.get("data_parallel_size", 1)
+        wishes_of_engine["tensor_parallel_size"] = max(1, len(place.devices) // max(1, replicas))
     config = EngineConfig(model=str(_config_of(sections, progress)), **wishes_of_engine)
     cache_dir = cache_folder(config) if keeps else None
     if keeps and cache_dir is None:
@@ -72,25 +73,25 @@ def run(sections: dict[str, dict[str, Any]], keeps: bool, progress: banner.Start
         raise ConfigError("JAX_COMPILATION_CACHE_DIR is set, so that serve would not look here; unset it for both")
     checkpoint = open_checkpoint(config.model, overrides=config.hf_overrides, needs_weights=False)
     try:
-        prepared = prepare(config, checkpoint, place)
+        prepared, *others = (prepare(config, checkpoint, place, i) for i in range(config.data_parallel_size))
     except DoesNotFit as error:
         raise ConfigError(f"{error}{what_fits(config, checkpoint, target) if target else ''}") from None
     if place.platform == "cpu" and cpu.is_available():
         cpu.register()  # once, before threads trace steps that call its kernels
-    built = executables.build(
-        prepared.programs,
-        prepared.facts,
-        place,
-        prepared.layout.devices,
-        cache_dir and cache_dir / "steps",
-        progress,
-    )
+
+    def build(one):
+        steps = cache_dir and cache_dir / "steps"
+        return executables.build(one.programs, one.facts, place, one.layout.devices, steps, progress)
+
+    built = build(prepared)
     report = Report.of(prepared, built)
     print(report.text())
     report.check_fits()
     if built.folder:
         size = sum(path.stat().st_size for path in built.folder.iterdir())
         print(f"\n{len(built.table)} programs, {size / 2**20:,.0f} MiB, are kept in {built.folder}")
+        for other in others:  # the same for their own devices
+            print(f"and those of another replica in {build(other).folder}")
         print(f"where serve finds them, with the same flags{'' if not target else _serve_flags(config)}")
 
 

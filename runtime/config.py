@@ -69,6 +69,7 @@ class EngineConfig:
         quantization: "int8" rounds weights when they are loaded, and tokens where they meet them; "int4" rounds the
             layers' weights alone, in groups, and the token table and the scores as int8 does. See runtime.quantise.
         tensor_parallel_size: devices that each layer is split over.
+        data_parallel_size: replicas of the model, each on so many devices; a request is served by one of them.
         stacked: scan over stacked layers; None = on TPU.
     """
 
@@ -98,6 +99,7 @@ class EngineConfig:
     max_queued: int = 256
     cache_dir: str | None = None
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     stacked: bool | None = None
 
     def __post_init__(self):
@@ -119,6 +121,7 @@ class EngineConfig:
             "kv_cache_memory_bytes",
             "max_queued",
             "tensor_parallel_size",
+            "data_parallel_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -240,7 +243,7 @@ def settle(
     """Turns wishes into numbers, each with its reason.
 
     Args:
-        memory: of one device.
+        memory: of one device; of a CPU, what one replica may have of it.
         model_max_len: positions the checkpoint was made for.
         weight_bytes: all weights, all devices.
         token_bytes: keys and values of one token, all layers, in the cache's dtype.
@@ -258,6 +261,9 @@ def settle(
 
     if config.tensor_parallel_size > 1:
         reasons.append(("devices", f"{config.tensor_parallel_size}", "asked: each layer is split over them"))
+    if config.data_parallel_size > 1:
+        why = "asked: each with its own devices, weights and pages; what follows is of one"
+        reasons.append(("replicas", f"{config.data_parallel_size}", why))
     max_model_len = choose("max_model_len", config.max_model_len, model_max_len, "the checkpoint's positions")
     if max_model_len > model_max_len and not os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
         raise ConfigError(

@@ -24,6 +24,7 @@ from runtime.errors import RequestRefused, StepFailed
 from runtime.executables import CompileCounter
 from runtime.grammar import Compiler, Vocabulary, fill_masks
 from runtime.isolation import Isolation
+from runtime.leader import Leader
 from runtime.loading import Loaded, load
 from runtime.metrics import EngineMetrics
 from runtime.pages import PagePool
@@ -103,9 +104,27 @@ class Engine:
         Raises:
             ConfigError, ConversionError: with the cause and the remedy.
         """
+        engine, *others = cls.load_replicas(config, progress)
+        assert not others, "one engine is one replica"
+        return engine
+
+    @classmethod
+    def load_replicas(
+        cls,
+        config: EngineConfig,
+        progress: Callable[[str, int, int], None] | None = None,
+        leader: Leader | None = None,
+    ) -> list["Engine"]:
+        """As load, for every replica: config.data_parallel_size engines that share nothing on their devices.
+
+        Args:
+            leader: of the other hosts, where the model is on several.
+        """
         compiles = CompileCounter()
-        loaded = load(config, progress)
-        return cls(loaded, EngineMetrics(loaded.plan, config), compiles)
+        found = load(config, progress, leader)
+        if leader is not None:
+            found = [leader.led(loaded) for loaded in found]
+        return [cls(loaded, EngineMetrics(loaded.plan, config, replica=i), compiles) for i, loaded in enumerate(found)]
 
     # ---- what is going on -------------------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ def build(
     devices: Sequence[Any],
     cache_dir: Path | None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    may_restore: bool = True,
 ) -> Built:
     """Restores or compiles every program; returns when all are ready.
 
@@ -74,6 +75,7 @@ def build(
         devices: those of the machine that the programs run on.
         cache_dir: folder of entries, see runtime.kept_steps; None keeps nothing.
         progress: called with (name, done, total) as each becomes ready.
+        may_restore: False compiles what is kept, too.
     """
     start = time.monotonic()
     if cache_dir and jax.config.jax_compilation_cache_dir:
@@ -84,7 +86,7 @@ def build(
         importlib.import_module("jax.experimental.mosaic.gpu")  # says where the library is that restored kernels call
     kept = KeptSteps(cache_dir, facts_of(facts, machine, devices), programs) if cache_dir else None
     # All or none: what is compiled beside restored programs must not be written, see above.
-    restores = bool(kept) and machine.is_here and kept.is_complete
+    restores = may_restore and bool(kept) and machine.is_here and kept.is_complete
     if kept and not restores and (difference := kept.nearest()):
         log.info("compiling for what is here; the steps of this model that are kept differ in: %s", difference)
     table, loaded = {}, 0
@@ -110,6 +112,17 @@ def build(
         kept.discard()  # the next start compiles and keeps the whole set
     folder = kept.folder if kept and kept.is_complete else None
     return Built(table, loaded, time.monotonic() - start, folder)
+
+
+def are_kept(
+    programs: Mapping[Hashable, Program],
+    facts: Mapping[str, str],
+    machine: Machine,
+    devices: Sequence[Any],
+    cache_dir: Path | None,
+) -> bool:
+    """Whether build() would find all of them on disk."""
+    return bool(cache_dir) and KeptSteps(cache_dir, facts_of(facts, machine, devices), programs).is_complete
 
 
 def compiled(program: Program, machine: Machine, devices: Sequence[Any]):

@@ -21,6 +21,7 @@ from runtime.engine import Engine
 from runtime.errors import RequestRefused
 from runtime.params import SamplingParams
 from runtime.request import FinishReason, Prompt, TokenLogprobs
+from runtime.router import Router
 
 
 @dataclasses.dataclass
@@ -90,7 +91,10 @@ class LLM:
         with _Bar() as bar:
             if options.get("tokenizer") is not None:
                 options["tokenizer"] = str(fetch_tokenizer(options["tokenizer"]))
-            self.engine = Engine.load(EngineConfig(model=str(fetch(model, progress=bar)), **options), progress=bar)
+            config = EngineConfig(model=str(fetch(model, progress=bar)), **options)
+            self.engines = Engine.load_replicas(config, progress=bar)
+        self.engine = self.engines[0]  # for what is the same of all
+        self._router = Router(len(self.engines), self.engine.plan.page_size)
         self.tokenizer = self.engine.tokenizer
         source = self.engine.loaded.checkpoint.chat_template
         self.template = (
@@ -174,19 +178,23 @@ class LLM:
     def _run(self, requests: list[list[Choice]], use_tqdm: bool) -> list[Generation]:
         answers: dict[Choice, Answer] = {}
         left = len(requests)
+        replicas = [self._router.pick(choices[0].prompt, len(choices)) for choices in requests]
         try:
-            for choices in requests:
-                self.engine.add(choices)
+            for choices, replica in zip(requests, replicas, strict=True):
+                self.engines[replica].add(choices)
             with tqdm(total=len(requests), disable=not use_tqdm, desc="prompts", unit="") as bar:
                 while left:
-                    for gain in self.engine.step():
-                        self._take(gain, answers)
+                    # Each step of one replica is read while the others' are under way.
+                    for engine in self.engines:
+                        for gain in engine.step() if engine.has_work else ():
+                            self._take(engine, gain, answers)
                     done = sum(all(c in answers and answers[c].finish_reason for c in choices) for choices in requests)
                     bar.update(done - bar.n)
                     left = len(requests) - done
         finally:
-            for choices in requests:
-                self.engine.abort(choices[0].key)
+            for choices, replica in zip(requests, replicas, strict=True):
+                self.engines[replica].abort(choices[0].key)
+                self._router.done(replica, len(choices))
         return [
             Generation(
                 prompt=choices[0].prompt.text,
@@ -198,13 +206,13 @@ class LLM:
             for choices in requests
         ]
 
-    def _take(self, gain: Gain, answers: dict[Choice, Answer]) -> None:
+    def _take(self, engine: Engine, gain: Gain, answers: dict[Choice, Answer]) -> None:
         choice = gain.choice
         if choice.is_over:
             return
         output = choice.output(gain)
         if output.finish_reason and not choice.sequence.is_finished:
-            self.engine.abort(choice.key, choice.index)
+            engine.abort(choice.key, choice.index)
         answer = answers.setdefault(choice, Answer("", [], output.logprobs and [], None, None, choice.index))
         answer.text += output.text
         answer.token_ids += output.token_ids

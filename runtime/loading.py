@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +25,12 @@ import numpy as np
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.load import check_fits
 from pallas_kernels import cpu
-from runtime import executables, machine, weights
+from runtime import agreement, executables, machine, weights
 from runtime.batch import StepBuffer, StepLayout
 from runtime.buckets import Bucket, buckets_for
 from runtime.config import EngineConfig, EnginePlan
 from runtime.errors import ConfigError
-from runtime.preparation import mask_words, prepare
+from runtime.preparation import Layout, Prepared, mask_words, prepare
 from runtime.sampling import Tables, empty_row
 from runtime.step_state import StepState
 from runtime.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Everything that was made before the first step.
+    """Everything that was made before the first step of one replica.
 
     Attributes:
         steps: {Bucket: executable}. Call as steps[bucket](weights, state, packed, mask).
@@ -77,8 +78,13 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
-    """Opens, plans, converts or restores, compiles or restores, and allocates.
+def load(
+    config: EngineConfig, progress: Progress | None = None, others: agreement.Others | None = None
+) -> list[Loaded]:
+    """Opens, plans, converts or restores, compiles or restores, and allocates; one Loaded for each replica.
+
+    Args:
+        others: the other hosts, where the model is on several.
 
     Raises:
         ConfigError, ConversionError: with the cause and the remedy.
@@ -89,57 +95,87 @@ def load(config: EngineConfig, progress: Progress | None = None) -> Loaded:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     opened = functools.partial(open_checkpoint, overrides=config.hf_overrides, tokenizer=config.tokenizer)
     checkpoint = _timed(seconds, "open", opened, config.model)
-    prepared = prepare(config, checkpoint, machine.here())
-    plan, layout, shapes = prepared.plan, prepared.layout, prepared.shapes
+    if others is not None:
+        _timed(seconds, "join", others.join, agreement.facts(others.place, config, checkpoint))
+    here = machine.here()
+    if others is not None:
+        here = dataclasses.replace(here, memory=others.settle_memory(here.memory))
+    replicas = [prepare(config, checkpoint, here, replica) for replica in range(config.data_parallel_size)]
+    plan, layout, shapes = replicas[0].plan, replicas[0].layout, replicas[0].shapes
+    if others is not None:
+        others.compare(agreement.plan_facts(plan))
     check_fits(checkpoint, weights.stored_shapes(checkpoint, layout.config, plan, shapes))
     cache_dir = cache_folder(config)
     tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_config)
     eos_id, eos_ids = end_tokens(checkpoint, tokenizer)
     usual = empty_row(plan.vocab_size, sorted(eos_ids))
-    place = functools.partial(weights.on_devices, checkpoint, layout.config, layout.tensor, shapes)
+    everywhere = Layout.together([prepared.layout for prepared in replicas])
+    place = functools.partial(weights.on_devices, checkpoint, layout.config, everywhere.tensor, shapes)
     # Reading and hashing hold no lock of Python's, so the steps are made meanwhile.
     with concurrent.futures.ThreadPoolExecutor(1, "weights") as beside:
-        placing = beside.submit(place, layout.shardings(shapes), plan, cache_dir, progress)
+        placing = beside.submit(place, everywhere.shardings(shapes), plan, cache_dir, progress)
         if plan.platform == "cpu" and cpu.is_available():
             progress("kernels", 0, 1)
             register = cpu.register_int4 if plan.quantization == "int4" else cpu.register
             _timed(seconds, "kernels", register)  # programs from disk refer to them by name
             progress("kernels", 1, 1)
-        built = executables.build(
-            prepared.programs,
-            prepared.facts,
-            prepared.machine,
-            layout.devices,
-            cache_dir and cache_dir / "steps",
-            progress,
-        )
-        seconds["compile" if built.num_loaded < len(built.table) else "restore steps"] = built.seconds
+        tables = _steps(replicas, cache_dir and cache_dir / "steps", progress, seconds)
         placed = _timed(seconds, "weights", placing.result)
-    new_state = functools.partial(built.table["new_state"], usual)
-    state = _timed(seconds, "allocate", new_state)
-    loaded = Loaded(
-        plan=plan,
-        checkpoint=checkpoint,
-        tokenizer=tokenizer,
-        weights=placed,
-        steps={key: program for key, program in built.table.items() if isinstance(key, Bucket)},
-        load_history=built.table["load_history"],
-        load_tables=built.table["load_tables"],
-        no_mask={
-            b.num_rows: jax.device_put(np.zeros((b.num_rows, mask_words(plan)), np.uint32), layout.whole)
-            for b in buckets_for(plan)
-        },
-        eos_id=eos_id,
-        eos_ids=eos_ids,
-        usual_tables=usual,
-        default_sampling=default_sampling(config, checkpoint),
-        state=state,
-        new_state=new_state,
-        seconds=seconds,
-    )
-    loaded = _timed(seconds, "warm up", _warm_up, loaded)
+    found = []
+    for prepared, table in zip(replicas, tables, strict=True):
+        new_state = functools.partial(table["new_state"], usual)
+        loaded = Loaded(
+            plan=plan,
+            checkpoint=checkpoint,
+            tokenizer=tokenizer,
+            weights=prepared.layout.own(placed),
+            steps={key: program for key, program in table.items() if isinstance(key, Bucket)},
+            load_history=table["load_history"],
+            load_tables=table["load_tables"],
+            no_mask={
+                b.num_rows: _zeros((b.num_rows, mask_words(plan)), np.uint32, prepared.layout.whole)
+                for b in buckets_for(plan)
+            },
+            eos_id=eos_id,
+            eos_ids=eos_ids,
+            usual_tables=usual,
+            default_sampling=default_sampling(config, checkpoint),
+            state=_timed(seconds, "allocate", new_state),
+            new_state=new_state,
+            seconds=seconds,
+        )
+        found.append(_timed(seconds, "warm up", _warm_up, loaded))
     _give_memory_back()
-    return loaded
+    return found
+
+
+def _steps(
+    replicas: list[Prepared], cache_dir: Path | None, progress: Progress, seconds: dict[str, float]
+) -> list[dict]:
+    """{key: executable} of each replica. Either all are restored or all are compiled, as within one."""
+    start = time.monotonic()
+    wanted = [(p.programs, p.facts, p.machine, p.layout.devices, cache_dir) for p in replicas]
+    may_restore = all(executables.are_kept(*each) for each in wanted)
+    done, lock = [0] * len(replicas), threading.Lock()
+
+    def build(index):
+        def progress_of_all(name, own, total):
+            with lock:
+                done[index] = own
+                progress(name, sum(done), total * len(replicas))
+
+        return executables.build(*wanted[index], progress=progress_of_all, may_restore=may_restore)
+
+    with concurrent.futures.ThreadPoolExecutor(len(replicas)) as pool:
+        built = list(pool.map(build, range(len(replicas))))
+    is_restored = all(each.num_loaded == len(each.table) for each in built)
+    seconds["restore steps" if is_restored else "compile"] = time.monotonic() - start
+    return [each.table for each in built]
+
+
+def _zeros(shape, dtype, where):
+    """Zeros on devices that may be other hosts' too; device_put would compare the values between them."""
+    return jax.make_array_from_callback(shape, where, lambda index: np.zeros(shape, dtype)[index])
 
 
 def end_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> tuple[int | None, frozenset[int]]:
@@ -195,14 +231,14 @@ def cache_folder(config: EngineConfig) -> Path | None:
 def _timed(seconds, phase, function, *args):
     start = time.monotonic()
     result = function(*args)
-    seconds[phase] = time.monotonic() - start
+    seconds[phase] = seconds.get(phase, 0.0) + time.monotonic() - start
     return result
 
 
 def _warm_up(loaded: Loaded) -> Loaded:
     """Runs every step once with nothing in it, so that no first request pays for a first call."""
     state = loaded.state
-    for bucket, run in loaded.steps.items():
+    for bucket, run in sorted(loaded.steps.items()):  # in one order on every host
         buffer = StepBuffer(StepLayout.of(bucket, loaded.plan), loaded.plan.max_num_seqs)
         buffer.counts[4] = buffer.advance[0] = 1  # a padding row that runs: a window without any would do nothing
         state, out = run(loaded.weights, state, buffer.packed, loaded.no_mask[bucket.num_rows])

@@ -22,7 +22,7 @@ from runtime.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """One host's devices.
+    """The devices of a host, or of several that share a model.
 
     Attributes:
         name: for messages.
@@ -50,9 +50,9 @@ class Machine:
 
 
 def here() -> Machine:
-    """This process's own devices."""
-    devices = jax.local_devices()
-    return Machine(f"{len(devices)} x {devices[0].device_kind}", tuple(devices), device_memory(devices[0]))
+    """The devices of this process, and of the others that JAX was started with."""
+    devices, (own, *_) = jax.devices(), jax.local_devices()
+    return Machine(f"{len(devices)} x {own.device_kind}", tuple(devices), device_memory(own))
 
 
 def device_memory(device) -> Memory:

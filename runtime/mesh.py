@@ -7,6 +7,10 @@ the vocabulary change hands once, so that each device samples its share of the r
 
 Where a model has fewer kv heads than there are devices, each head is kept by several, and computed by each for its
 own queries.
+
+Data parallelism: replicas of the whole, each on devices of its own, with pages and steps of its own; see
+runtime.async_engine. Only while weights are read do all their devices form one mesh, with an axis DATA before AXIS, so
+that each tensor is read and converted once.
 """
 
 import dataclasses
@@ -27,6 +31,7 @@ from runtime.machine import Machine
 from runtime.step_state import StepState
 
 AXIS = "model"
+DATA = "data"
 COPY = "copy"  # beside AXIS, where several devices have the same kv head
 SPLIT = ("vocab", "heads", "kv_heads", "ffn")  # logical axes of weights that are split; all others are whole
 
@@ -36,7 +41,7 @@ class Tensor:
     """Tensor parallelism over one mesh.
 
     Attributes:
-        mesh: its only axis is AXIS.
+        mesh: its last axis is AXIS; one before it is DATA, along which everything is repeated.
         split: which logical axes are split.
     """
 
@@ -45,9 +50,11 @@ class Tensor:
 
     @classmethod
     def over(cls, devices, vocab_size: int) -> "Tensor":
-        """Args: devices: real ones, or those of a topology that is not here."""
-        names = {name for name in SPLIT if name != "vocab" or vocab_size % len(devices) == 0}
-        return cls(Mesh(np.array(devices), (AXIS,)), Split(AXIS, len(devices), frozenset(names)))
+        """Args: devices: `[model]` or `[data, model]`; real ones, or those of a topology that is not here."""
+        grid = np.array(devices)
+        size = grid.shape[-1]
+        names = {name for name in SPLIT if name != "vocab" or vocab_size % size == 0}
+        return cls(Mesh(grid, (DATA, AXIS)[-grid.ndim :]), Split(AXIS, size, frozenset(names)))
 
     @property
     def size(self) -> int:
@@ -108,16 +115,25 @@ def fit(config: Any, tensor_parallel_size: int, quantization: str | None = None)
     Raises:
         ConfigError: a dimension cannot be divided; the message names the sizes that can.
     """
-    size = tensor_parallel_size
-    reasons = _misfits(config, size, quantization)
-    if reasons:
-        fitting = [n for n in range(1, config.num_heads + 1) if not _misfits(config, n, quantization)]
+    check_divides(config, tensor_parallel_size, quantization)
+    more = tensor_parallel_size > config.num_kv_heads
+    return dataclasses.replace(config, num_kv_heads=tensor_parallel_size) if more else config
+
+
+def check_divides(config: Any, size: int, quantization: str | None = None) -> None:
+    """Raises: ConfigError: so many devices cannot share the model's layers; the message names the sizes that can."""
+    if reasons := _misfits(config, size, quantization):
+        fitting = fitting_sizes(config, quantization)
         near = min(fitting, key=lambda n: (abs(n - size), n))
         raise ConfigError(
             f"tensor_parallel_size {size} does not divide {' and '.join(reasons)}; {near} does"
             f" (of {', '.join(map(str, fitting))})"
         )
-    return dataclasses.replace(config, num_kv_heads=size) if size > config.num_kv_heads else config
+
+
+def fitting_sizes(config: Any, quantization: str | None = None) -> list[int]:
+    """Every tensor_parallel_size that divides the model."""
+    return [size for size in range(1, config.num_heads + 1) if not _misfits(config, size, quantization)]
 
 
 def _misfits(config, size, quantization):
@@ -134,26 +150,72 @@ def _misfits(config, size, quantization):
     return [name for name, fits in dimensions.items() if not fits]
 
 
-def devices_for(tensor_parallel_size: int, machine: Machine) -> list[Any]:
-    """The first so many devices of a machine.
+def replica_devices(
+    config: Any,
+    machine: Machine,
+    tensor_parallel_size: int,
+    data_parallel_size: int = 1,
+    quantization: str | None = None,
+) -> list[list[Any]]:
+    """The devices of each replica: the first ones of the machine, of every host as many.
+
+    Args:
+        config, quantization: the model's; of the sizes that divide it a message advises one.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: there are fewer, or hosts cannot share them; the message has the nearest sizes that work.
     """
-    devices = machine.devices
-    if len(devices) < tensor_parallel_size:
-        kinds = f"{len(devices)} {devices[0].device_kind} device{'s' * (len(devices) > 1)}"
-        hint = (
-            "; a CPU counts as one, or as XLA_FLAGS=--xla_force_host_platform_device_count=N says"
-            if devices[0].platform == "cpu"
-            else ""
+    tensor, data = tensor_parallel_size, data_parallel_size
+    check_divides(config, tensor, quantization)
+    by_host: dict[int, list[Any]] = {}
+    for device in machine.devices:
+        by_host.setdefault(device.process_index, []).append(device)
+    hosts = [by_host[index] for index in sorted(by_host)]
+    counts = list(map(len, hosts))
+    if len(hosts) > 1 and data > 1:
+        raise ConfigError(
+            f"data_parallel_size {data} needs all devices on one host, and there are {len(hosts)}; start a server on "
+            "each host, or on each group of hosts that holds the model, behind a proxy"
         )
+    if len(set(counts)) > 1:
+        each = ", ".join(f"{count} on host {i}" for i, count in enumerate(counts))
+        raise ConfigError(
+            f"hosts of one model need equally many devices, and there are {each}; {min(counts)} on each would work"
+        )
+    there, wanted = sum(counts), tensor * data
+    if wanted > there or wanted % len(hosts):
+        works = lambda t, d: t * d <= there and t * d % len(hosts) == 0
+        fitting = [t for t in fitting_sizes(config, quantization) if works(t, data)]
+        advice = [f"tensor_parallel_size {max(fitting)}"] if fitting else []
+        if data > 1 and (most := there // tensor):
+            advice.append(f"data_parallel_size {most}")
+        asked = f"tensor_parallel_size {tensor}" + (f" times data_parallel_size {data}" if data > 1 else "")
+        places = f" on {len(hosts)} hosts, which must share them evenly" if len(hosts) > 1 else ""
         where = "here" if machine.is_here else f"in {machine.name}"
         raise ConfigError(
-            f"tensor_parallel_size {tensor_parallel_size} needs as many devices, and {where} are {kinds}; "
-            f"lower it{hint}"
+            f"{asked} needs {wanted} devices, and {where} are {there} of kind {hosts[0][0].device_kind}{places}; "
+            f"{' or '.join(advice) or 'use a smaller mesh'} works{_cpu_hint(hosts[0][0])}"
         )
-    return list(devices[:tensor_parallel_size])
+    if len(hosts) > 1:
+        return [[device for host in hosts for device in host[: wanted // len(hosts)]]]
+    return [hosts[0][i * tensor : (i + 1) * tensor] for i in range(data)]
+
+
+def _cpu_hint(device):
+    if device.platform != "cpu":
+        return ""
+    return " (a CPU counts as one device, or as many as XLA_FLAGS=--xla_force_host_platform_device_count=N says)"
+
+
+def part_of_replica(array: jax.Array, where: Any) -> jax.Array:
+    """One replica's copy of an array that lies on the devices of all of them; nothing moves.
+
+    Args:
+        where: the replica's sharding or format of it.
+    """
+    sharding = sharding_of(where)
+    parts = [part.data for part in array.addressable_shards if part.device in sharding.device_set]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
 
 
 def repeat_kv_heads(weight: jax.Array, shape: tuple[int, ...], where: Any) -> jax.Array:

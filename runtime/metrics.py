@@ -93,14 +93,15 @@ class EngineMetrics:
     Args:
         plan: the engine's settled numbers; max_model_len sets the length buckets.
         wishes: the EngineConfig that the plan was settled from, where there was one.
+        replica: the engine's number among replicas of one model, its label `engine`.
 
     Attributes:
         model_name: the label of every series; the server sets it to the first served name.
         shows_hidden: whether names are shown as well that vLLM withdrew in its version 0.11.
     """
 
-    def __init__(self, plan: Any, wishes: Any = None):
-        self.model_name = ""
+    def __init__(self, plan: Any, wishes: Any = None, replica: int = 0):
+        self.model_name, self.replica = "", replica
         self.shows_hidden = False
         self._wishes = wishes
         lengths = one_two_five(plan.max_model_len)
@@ -223,7 +224,7 @@ class EngineMetrics:
     # ---- showing, on any thread -------------------------------------------------------------------------------------
 
     def collect(self) -> Iterable[Metric]:
-        labels = {"model_name": self.model_name, "engine": "0"}
+        labels = {"model_name": self.model_name, "engine": str(self.replica)}
         for key, value in list(self.counters.items()):
             name, extra = (key, {}) if isinstance(key, str) else (key[0], {"position": str(key[1])})
             yield _counter(name, COUNTERS.get(name, name), [(labels | extra, value)])
@@ -242,7 +243,7 @@ class EngineMetrics:
         yield _histogram(old, "Old name.", labels, self.histograms["vllm:inter_token_latency_seconds"])
         for name, (text, value) in self.gauges().items():
             yield _gauge(name, text, labels, value)
-        info = {name: str(value) for name, value in self._cache_config().items()} | {"engine": "0"}
+        info = {name: str(value) for name, value in self._cache_config().items()} | {"engine": str(self.replica)}
         yield _gauge("vllm:cache_config_info", "The cache.", info, 1)
         if self.shows_hidden:
             yield from self._hidden(labels)

@@ -20,7 +20,7 @@ from pallas_kernels.ragged_paged_attention import cache_shape, planning
 from runtime import mesh, step_state
 from runtime.batch import StepLayout
 from runtime.buckets import buckets_for
-from runtime.config import EngineConfig, EnginePlan, is_stacked, itemsize, kv_dtype_for, settle
+from runtime.config import EngineConfig, EnginePlan, Memory, is_stacked, itemsize, kv_dtype_for, settle
 from runtime.errors import ConfigError
 from runtime.executables import Program
 from runtime.machine import Machine
@@ -49,8 +49,8 @@ class Prepared:
     facts: dict[str, str]
 
 
-def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine) -> Prepared:
-    """Settles the plan and lists the programs.
+def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, replica: int = 0) -> Prepared:
+    """Settles the plan and lists the programs of one replica; the plan is the same for all.
 
     Raises:
         ConfigError: the wishes contradict each other, or the model does not fit; the message has the numbers.
@@ -58,14 +58,19 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine) -> P
     platform = machine.platform
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, platform)
     stacked, method = is_stacked(config, platform), config.quantization
-    layout = Layout.of(checkpoint, stacked, method, config.tensor_parallel_size, machine)
+    sizes = config.tensor_parallel_size, config.data_parallel_size
+    devices = mesh.replica_devices(checkpoint.config, machine, *sizes, method)[replica]
+    layout = Layout.of(checkpoint, stacked, method, devices)
     graph, shapes = abstract(checkpoint.model_class, layout.config, jnp.dtype(dtype), stacked, quantization=method)
     kv_dtype = kv_dtype_for(config, platform, dtype)
     specs = bind(graph, shapes).cache_specs()
+    memory = machine.memory
+    if platform == "cpu":  # one memory for all replicas
+        memory = Memory(memory.total // config.data_parallel_size, memory.free // config.data_parallel_size)
     plan = settle(
         config,
         platform=platform,
-        memory=machine.memory,
+        memory=memory,
         vocab_size=checkpoint.config.vocab_size,
         model_max_len=checkpoint.config.max_length,
         weight_bytes=layout.num_bytes(shapes),
@@ -107,11 +112,11 @@ def _with_attention(plan: EnginePlan, machine: Machine, num_heads: int, specs) -
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a model's weights are.
+    """Where the weights of one replica are.
 
     Attributes:
         config: the model's, as the devices want it.
-        devices: that hold it.
+        devices: in the order of the mesh.
         tensor: how it is split over them; None for one.
         specs: {name: what of each weight a device holds}; empty for one.
     """
@@ -122,21 +127,22 @@ class Layout:
     specs: dict[str, jax.sharding.PartitionSpec]
 
     @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        stacked: bool,
-        quantization: str | None,
-        tensor_parallel_size: int,
-        machine: Machine,
-    ) -> "Layout":
-        devices = mesh.devices_for(tensor_parallel_size, machine)
-        if tensor_parallel_size == 1:
+    def of(cls, checkpoint: Checkpoint, stacked: bool, quantization: str | None, devices: list[Any]) -> "Layout":
+        if len(devices) == 1:
             return cls(checkpoint.config, devices, None, {})
-        config = mesh.fit(checkpoint.config, tensor_parallel_size, quantization)
+        config = mesh.fit(checkpoint.config, len(devices), quantization)
         tensor = mesh.Tensor.over(devices, config.vocab_size)
         axes = logical_axes(checkpoint.model_class, config, stacked, quantization=quantization)
         return cls(config, devices, tensor, tensor.weight_specs(axes))
+
+    @classmethod
+    def together(cls, layouts: list["Layout"]) -> "Layout":
+        """Where weights are placed for all replicas at once; each then has its own() of them."""
+        first = layouts[0]
+        if len(layouts) == 1:
+            return first
+        tensor = mesh.Tensor.over([layout.devices for layout in layouts], first.config.vocab_size)
+        return dataclasses.replace(first, devices=list(tensor.mesh.devices.flat), tensor=tensor)
 
     @property
     def whole(self) -> jax.sharding.Sharding:
@@ -147,7 +153,13 @@ class Layout:
         """{name: sharding} of weights."""
         if self.tensor is None:
             return dict.fromkeys(names, self.whole)
-        return self.tensor.shardings({name: self.specs[name] for name in names})
+        whole = jax.sharding.PartitionSpec()
+        return self.tensor.shardings({name: self.specs.get(name, whole) for name in names})
+
+    def own(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Of weights on the devices of all replicas, this one's; without a copy."""
+        wheres = self.shardings(weights)
+        return {name: mesh.part_of_replica(array, wheres[name]) for name, array in weights.items()}
 
     def state_shardings(self, state, num_caches: int):
         """The sharding of each array of a StepState."""

@@ -28,6 +28,7 @@ if not __package__:  # run as a file: its own folder is on the path, where the o
 from runtime import __version__, banner, demo, listen, logs, wishes
 from runtime.errors import ConfigError, RuntimeServerError
 from runtime.flags import GROUPS
+from runtime.hosts import Hosts, Place
 from runtime.wishes import Fetch, Start
 
 WATCH_S = 5.0
@@ -36,6 +37,13 @@ LINGER_S = 2.0  # for the last bytes of answers that have ended
 
 def main(words: Sequence[str] | None = None) -> int:
     """Serves until told to stop; returns the exit code. An error is one line, with its remedy."""
+    code = run(words)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        leave_at_once(code)  # JAX would wait for hosts that may be gone
+    return code
+
+
+def run(words: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if words is None else words)
     if {"-h", "--help"} & set(words):
         print(help_text())
@@ -47,12 +55,15 @@ def main(words: Sequence[str] | None = None) -> int:
         sections, notes = wishes.read(words, os.environ)
         start = Start(**sections["start"])
         logs.set_up(start.log_level, start.http_log_level, start.log_config_file)
+        place = Hosts(**sections["hosts"]).settle()
+        if place is not None and place.rank > 0:
+            return follow(start, configs(sections), notes, place)
         context = listen.tls(start.ssl_certfile, start.ssl_keyfile, start.ssl_ca_certs, start.ssl_cert_reqs)
         with listen.bind(start.host, start.port, start.uds) as listener:
             import uvloop
 
             try:
-                parts = configs(sections)
+                parts = (*configs(sections), place)
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                     return runner.run(serve(start, parts, notes, listener, context))
             finally:
@@ -120,8 +131,8 @@ async def serve(start: Start, parts: tuple, notes: Sequence[str], listener: sock
     # Read beside the model, not after it.
     http_ready = loop.run_in_executor(None, importlib.import_module, "openai_api.app")
     clock = Clock()
-    fetch, engine_config, server_config = parts
-    engine = await loop.run_in_executor(None, load, start.model, fetch, engine_config, progress, clock)
+    fetch, engine_config, server_config, place = parts
+    engine = await loop.run_in_executor(None, load, start.model, fetch, engine_config, place, progress, clock)
     doorman.close()
 
     create_app = (await http_ready).create_app
@@ -157,19 +168,58 @@ class Clock:
         self.last = now
 
 
-def load(model: str | None, fetch: Fetch, config, progress: banner.Starting, clock: Clock):
-    """Everything that blocks: the model's files, then the engine. Runs on a thread of its own."""
-    path = fetch.model(model, progress)
+def load(model: str | None, fetch: Fetch, config, place: Place | None, progress: banner.Starting, clock: Clock):
+    """Everything that blocks: the model's files, the other hosts, the engine. Runs on a thread of its own."""
+    leader = None
+    if place is not None:  # its ports are taken before the model is fetched
+        from runtime.leader import Leader
+
+        leader = Leader(place, on_loss=end_starting)
+    found = fetched(model, fetch, config, progress)
     clock.lap("fetch")
-    progress.says(f"model: {path}")
 
     from runtime.async_engine import AsyncEngine
 
     clock.lap("import")
-    found = dataclasses.replace(config, model=str(path), tokenizer=fetch.tokenizer(config.tokenizer))
-    engine = AsyncEngine.start(found, progress=progress)
+    engine = AsyncEngine.start(found, progress, leader)
     clock.lap("engine", engine.engine.loaded.seconds)
     return engine
+
+
+def fetched(model: str | None, fetch: Fetch, config, progress: banner.Starting):
+    """The config, with the model's files on this disk."""
+    path = fetch.model(model, progress)
+    progress.says(f"model: {path}")
+    return dataclasses.replace(config, model=str(path), tokenizer=fetch.tokenizer(config.tokenizer))
+
+
+def end_starting(why: str) -> None:
+    """Another host is gone while the model is loaded: what is on the devices may wait for it for ever."""
+    say(f"error: {why}; its log has the cause", sys.stderr)
+    leave_at_once(1)
+
+
+def follow(start: Start, parts: tuple, notes: Sequence[str], place: Place) -> int:
+    """The life of every host but that of rank 0: no HTTP; it ends with rank 0."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to tidy, and this thread may wait for the devices
+    progress = banner.Starting(show=start.show_progress)
+    for line in notes:
+        progress.says(line)
+    fetch, engine_config, _ = parts
+
+    from runtime.follower import Follower
+    from runtime.loading import load as load_replicas
+
+    follower = Follower(place)
+    try:
+        (loaded,) = load_replicas(fetched(start.model, fetch, engine_config, progress), progress, follower)
+        say(f"{place} is ready; HTTP is answered by host 0 at {place.address}")
+        follower.follow(loaded)
+    except Exception as error:
+        follower.give_up(f"{type(error).__name__}: {error}")
+        raise
+    say(f"{place} stops, as host 0 has")
+    return 0
 
 
 async def open_http(app, listener: socket.socket, context):

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 
+from runtime.merged_metrics import MergedMetrics
 from runtime.metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ LOOKED_UP, FOUND = "vllm:prefix_cache_queries", "vllm:prefix_cache_hits"
 class Statistics:
     """Compares the engine's counters with those of the last look."""
 
-    def __init__(self, metrics: EngineMetrics):
+    def __init__(self, metrics: EngineMetrics | MergedMetrics):
         self._metrics = metrics
         self._seen = dict(metrics.counters)
 
@@ -34,7 +35,7 @@ class Statistics:
         )
 
 
-async def tell(metrics: EngineMetrics, interval_s: float) -> None:
+async def tell(metrics: EngineMetrics | MergedMetrics, interval_s: float) -> None:
     """Logs a line every so many seconds, while there is something to tell. Runs until cancelled."""
     statistics, last = Statistics(metrics), time.monotonic()
     while True:

@@ -13,7 +13,7 @@ from runtime.errors import ConfigError
 from runtime.flags import FLAGS
 
 DTYPES = {"half": "float16", "float": "float32"}
-SECTIONS = ("start", "fetch", "engine", "server")
+SECTIONS = ("start", "fetch", "engine", "server", "hosts")
 
 # What the environment may say, and the field that it becomes; a flag wins.
 ENVIRONMENT = {

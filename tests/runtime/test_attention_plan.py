@@ -23,7 +23,7 @@ def planned(platform, hf=None, **wishes):
     fields = Fields(tiny.FAMILIES["llama"] | {"max_position_embeddings": 2**20} | (hf or {}))
     family = family_of(fields)
     checkpoint = types.SimpleNamespace(model_class=family.model_class, config=family.config(fields), dtype="bfloat16")
-    device = types.SimpleNamespace(platform=platform, device_kind=KINDS[platform])
+    device = types.SimpleNamespace(platform=platform, device_kind=KINDS[platform], process_index=0)
     machine = Machine(platform, (device,), Memory(32 * GIB, 32 * GIB), is_here=False)
     return prepare(EngineConfig(model="", **({"max_model_len": 1024} | wishes)), checkpoint, machine)  # type: ignore
 

@@ -58,7 +58,10 @@ def test_a_plan_keeps_nothing(config_alone, tmp_path, capsys):
             ["--cache-dir", ""],
             "--cache-dir is empty, so that nothing would be kept; name a folder, or use runtime.plan",
         ),
-        (["--tensor-parallel-size", "64"], "tensor_parallel_size 64 needs as many devices, and here are"),
+        (
+            ["--tensor-parallel-size", "64"],
+            "tensor_parallel_size 64 does not divide 4 query heads and 48 feed-forward units; 4 does",
+        ),
         (["--dtyp", "bfloat16"], "did you mean --dtype?"),
     ],
 )

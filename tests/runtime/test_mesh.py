@@ -1,5 +1,6 @@
 """A model on several devices gives the tokens of one; what cannot be divided is refused with what can."""
 
+import dataclasses
 import json
 import math
 import os
@@ -8,11 +9,12 @@ import sys
 import types
 from pathlib import Path
 
-import jax
 import pytest
 
 from runtime import machine, mesh
+from runtime.config import Memory
 from runtime.errors import ConfigError
+from runtime.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
 EIGHT_HEADS = {
@@ -21,40 +23,50 @@ EIGHT_HEADS = {
 }  # and two kv heads: on four and eight devices each is kept twice
 
 
-def run(family, changes, sizes, **options):
-    """What each size answered. In a process of its own: a CPU is one device unless it is told before."""
+def run(family, changes, meshes, **options):
+    """What each mesh, (replicas, devices of each), answered.
+
+    In a process of its own: a CPU is one device unless it is told before.
+    """
     script = ROOT / "tests" / "support" / "mesh_answers.py"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "http", ROOT / "tests" / "support")))
     done = subprocess.run(
-        [sys.executable, str(script), family, *map(json.dumps, (changes, sizes, options))],
+        [sys.executable, str(script), family, *map(json.dumps, (changes, meshes, options))],
         env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+SOME = [
+    ("llama", EIGHT_HEADS, [(1, 8), (2, 4), (1, 2)], {}),
+    ("llama_biased", {"vocab_size": 322}, [(1, 4)], {}),  # a vocabulary that four do not divide
+    ("qwen2", EIGHT_HEADS, [(1, 4)], {"stacked": True}),
+    ("qwen3", EIGHT_HEADS, [(1, 4)], {}),
+    ("gemma3", EIGHT_HEADS, [(1, 4)], {}),
+]
+ALL = [
+    (family, EIGHT_HEADS, [(1, 8), (2, 4), (1, 2), (2, 1)], {})
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma3")
+]
+
+
 @pytest.mark.parametrize(
-    ("family", "changes", "sizes", "options"),
-    [
-        ("llama", EIGHT_HEADS, [1, 8], {}),
-        ("llama_biased", {"vocab_size": 322}, [1, 4], {}),  # a vocabulary that four do not divide
-        ("qwen2", EIGHT_HEADS, [1, 4], {"stacked": True}),
-        ("qwen3", EIGHT_HEADS, [1, 4], {}),
-        ("gemma3", EIGHT_HEADS, [1, 4], {}),
-    ],
+    ("family", "changes", "meshes", "options"), [*SOME, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL)]
 )
-def test_several_devices_give_the_tokens_of_one(family, changes, sizes, options):
-    alone, *others = run(family, changes, sizes, **options)
-    for size, found in zip(sizes[1:], others, strict=True):
-        assert found["answers"] == alone["answers"], f"{size} devices"
+def test_several_devices_give_the_tokens_of_one(family, changes, meshes, options):
+    alone, *others = run(family, changes, [(1, 1), *meshes], **options)
+    for (replicas, size), found in zip(meshes, others, strict=True):
+        assert found["answers"] == alone["answers"], f"{replicas} replicas of {size} devices"
         assert found["compiled_later"] == 0
+        assert sorted(sum(found["devices"], [])) == list(range(replicas * size))
         check_collectives(found["collectives"], found["weights"], size)
 
 
 def test_several_devices_give_the_tokens_of_one_with_rounded_weights_and_pages():
     """Log probabilities may part: what lies between two steps is rounded up here and down there."""
     changes = {"num_attention_heads": 8, "head_dim": 32, "intermediate_size": 64}
-    alone, split = run("qwen3", changes, [1, 2], quantization="int4", kv_cache_dtype="int8")
+    alone, split = run("qwen3", changes, [(1, 1), (1, 2)], quantization="int4", kv_cache_dtype="int8")
     for request in ("0", "1", "2"):
         assert len(alone["answers"][request]) > 5 and split["answers"][request] == alone["answers"][request]
     for name in ("qkv.kernel", "o.kernel_scale", "down.kernel_offset"):
@@ -78,8 +90,11 @@ def check_collectives(collectives, weights, size):
 
 
 def test_weights_and_steps_of_a_mesh_are_kept_and_found_again():
-    first, again, other = run("llama", {}, [2, 2, 1])
-    assert first["answers"] == again["answers"] == other["answers"]
+    first, *others = run("llama", {}, [(1, 1), (2, 1), (2, 1), (1, 2), (1, 2)])
+    assert all(other["answers"] == first["answers"] for other in others)
+    assert [other["restored"] for other in others] == [False, True, False, True]
+    for number, tokens in others[0]["notebook"].items():
+        assert tokens == first["answers"][number]
 
 
 CONFIG = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=14336, head_dim=128)
@@ -111,10 +126,73 @@ def test_int4_groups_are_not_cut_by_a_mesh():
     assert mesh.fit(config, 8, "int8") is config
 
 
-def test_more_devices_than_there_are_is_refused():
-    have = len(jax.local_devices())
-    with pytest.raises(ConfigError, match=f"needs as many devices, and here are {have} .*lower it"):
-        mesh.devices_for(have + 1, machine.here())
+@dataclasses.dataclass(eq=False)
+class Chip:
+    """A device of a host, as far as choosing devices looks at it."""
+
+    process_index: int
+    device_kind: str = "TPU v5 lite"
+    platform: str = "tpu"
+
+
+def hosts_of(*counts):
+    """A machine of hosts with so many devices each, and the devices by host."""
+    hosts = [[Chip(host) for _ in range(count)] for host, count in enumerate(counts)]
+    return Machine("made up", tuple(sum(hosts, [])), Memory(1, 1)), hosts
+
+
+@pytest.mark.parametrize(
+    ("hosts", "tensor", "data", "says"),
+    [
+        (
+            [8],
+            16,
+            1,
+            "tensor_parallel_size 16 needs 16 devices, and here are 8 of kind TPU v5 lite; tensor_parallel_size 8",
+        ),
+        ([3], 4, 1, "needs 4 devices, and here are 3 of kind TPU v5 lite; tensor_parallel_size 2 works"),
+        (
+            [8],
+            4,
+            3,
+            "tensor_parallel_size 4 times data_parallel_size 3 needs 12 devices, and here are 8 of kind TPU v5 lite; "
+            "tensor_parallel_size 2 or data_parallel_size 2 works",
+        ),
+        ([1], 1, 2, "needs 2 devices, and here are 1 of kind TPU v5 lite; data_parallel_size 1 works"),
+        (
+            [4, 4],
+            16,
+            1,
+            "here are 8 of kind TPU v5 lite on 2 hosts, which must share them evenly; tensor_parallel_size 8",
+        ),
+        ([4, 4], 2, 2, "data_parallel_size 2 needs all devices on one host, and there are 2; start a server on each"),
+        ([4, 4], 1, 1, "on 2 hosts, which must share them evenly; tensor_parallel_size 8 works"),
+        (
+            [4, 2],
+            4,
+            1,
+            "need equally many devices, and there are 4 on host 0, 2 on host 1; 2 on each would work",
+        ),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(hosts, tensor, data, says):
+    with pytest.raises(ConfigError) as refused:
+        mesh.replica_devices(CONFIG, hosts_of(*hosts)[0], tensor, data)
+    assert says in str(refused.value)
+
+
+def test_replicas_share_no_device_and_hosts_give_as_many_each():
+    one, (host,) = hosts_of(8)
+    assert mesh.replica_devices(CONFIG, one, 4, 2) == [host[:4], host[4:]]
+    assert mesh.replica_devices(CONFIG, one, 2, 3) == [host[:2], host[2:4], host[4:6]]
+    two, (first, second) = hosts_of(4, 4)
+    assert mesh.replica_devices(CONFIG, two, 8) == [first + second]
+    assert mesh.replica_devices(CONFIG, two, 4) == [first[:2] + second[:2]]
+
+
+def test_a_cpu_can_be_made_several_devices():
+    with pytest.raises(ConfigError, match=r"works \(a CPU counts as one device, or as many as XLA_FLAGS="):
+        mesh.replica_devices(CONFIG, machine.here(), 32)
 
 
 REPEATED = """

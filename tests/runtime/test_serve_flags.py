@@ -10,6 +10,7 @@ from runtime import arguments, serve, wishes
 from runtime.arguments import size
 from runtime.errors import ConfigError
 from runtime.flags import FLAGS, GROUPS
+from runtime.hosts import Hosts
 
 # Options of `vllm serve` as documented on 2025-10-17, by the group they are documented in.
 DOCUMENTED = """
@@ -105,6 +106,7 @@ def test_each_working_flag_names_a_field_that_exists():
         "engine": {field.name for field in dataclasses.fields(EngineConfig)},
         "server": {field.name for field in dataclasses.fields(ServerConfig)},
         "fetch": {field.name for field in dataclasses.fields(wishes.Fetch)},
+        "hosts": {field.name for field in dataclasses.fields(Hosts)},
     }
     targets = [flag.to for flag in FLAGS if flag.to] + [target for target, _ in wishes.ENVIRONMENT.values()]
     wrong = [target for target in targets if target.split(".")[1] not in fields[target.split(".")[0]]]

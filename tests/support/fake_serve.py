@@ -29,7 +29,7 @@ class AsyncEngine:
         self.draining = False
 
     @classmethod
-    def start(cls, config, progress=None):
+    def start(cls, config, progress=None, leader=None):
         progress("weights", 0, 2)
         if path := os.environ.get("FAKE_CHILD"):
             child = subprocess.Popen(["sleep", "60"])

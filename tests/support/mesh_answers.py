@@ -1,8 +1,9 @@
 """Run as a program: what a tiny model answers on one device and on several, as JSON. Devices are made of this CPU.
 
-mesh_answers.py FAMILY CHANGES SIZES OPTIONS     JSON each, but for the family
+mesh_answers.py FAMILY CHANGES MESHES OPTIONS     JSON each, but for the family; a mesh is [replicas, devices of each]
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import tiny
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
+from runtime.llm import LLM
 from runtime.params import SamplingParams
 from runtime.request import Prompt
 
@@ -29,13 +31,14 @@ REQUESTS = [
 ]
 
 
-def answers(engine: Engine) -> dict:
+def answers(engines: list[Engine]) -> dict:
     """{request: tokens and, of the one that asked, log probabilities rounded to what several devices agree on}."""
     found: dict = {}
     for number, (prompt, params) in enumerate(REQUESTS):
+        engine = engines[number % len(engines)]
         engine.add(engine.prepare(f"{number}", Prompt(list(prompt)), params))
-    while engine.has_work:
-        for gain in engine.step():
+    while any(engine.has_work for engine in engines):
+        for gain in (gain for engine in engines if engine.has_work for gain in engine.step()):
             if gain.error:
                 raise gain.error
             found.setdefault(gain.choice.key, []).extend(gain.token_ids)
@@ -43,6 +46,14 @@ def answers(engine: Engine) -> dict:
             if (scored := gain.choice.prompt_logprobs) and gain.finish_reason:
                 found["prompt"] = [round(entry.logprob, 3) for entry in scored[1:]]
     return found
+
+
+def notebook_answers(config: EngineConfig) -> dict:
+    """{request: tokens} of the notebook's engine."""
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "model"}
+    prompts, params = zip(*((list(prompt), params) for prompt, params in REQUESTS), strict=True)
+    answers = LLM(config.model, **options).generate(list(prompts), list(params), use_tqdm=False)
+    return {f"{number}": answer.token_ids for number, answer in enumerate(answers)}
 
 
 def collectives(engine: Engine) -> dict:
@@ -58,21 +69,30 @@ def collectives(engine: Engine) -> dict:
 
 
 def main():
-    family, changes, sizes, options = sys.argv[1], *map(json.loads, sys.argv[2:])
+    family, changes, meshes, options = sys.argv[1], *map(json.loads, sys.argv[2:])
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tiny.make_checkpoint(family, Path(folder) / "model", **changes)
-        for size in sizes:
+        for replicas, size in meshes:
             config = EngineConfig(
                 model=str(checkpoint), cache_dir=f"{folder}/cache", tensor_parallel_size=size,
-                **{**SIZES, **OPTIONS, **options},
+                data_parallel_size=replicas, **{**SIZES, **OPTIONS, **options},
             )  # fmt: skip
-            engine = Engine.load(config)
+            engines = Engine.load_replicas(config)
             weights = {
                 name: [list(array.shape), list(array.sharding.shard_shape(array.shape))]
-                for name, array in engine.loaded.weights.items()
+                for name, array in engines[0].loaded.weights.items()
             }
-            found = {"answers": answers(engine), "collectives": collectives(engine), "weights": weights}
-            print(json.dumps(found | {"compiled_later": engine.num_recompiles}), flush=True)
+            devices = [sorted(d.id for d in e.loaded.state.length_X.sharding.device_set) for e in engines]
+            restored = "restore steps" in engines[0].loaded.seconds
+            found = {"answers": answers(engines), "collectives": collectives(engines[0]), "weights": weights}
+            if (replicas, size) == (2, 1):
+                found["notebook"] = notebook_answers(config)
+            print(
+                json.dumps(
+                    found | {"compiled_later": engines[0].num_recompiles, "devices": devices, "restored": restored}
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

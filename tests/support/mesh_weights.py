@@ -22,7 +22,7 @@ import tiny
 
 from converters.checkpoint import open_checkpoint
 from models.interface import abstract
-from runtime import machine, weights
+from runtime import weights
 from runtime.preparation import Layout
 
 
@@ -34,7 +34,7 @@ def digest(array) -> str:
 def placed(checkpoint, folder, devices, quantization="", stacked=False, cache=""):
     method = quantization or None
     plan = types.SimpleNamespace(platform="cpu", dtype="bfloat16", quantization=method, stacked=stacked)
-    layout = Layout.of(checkpoint, stacked, method, devices, machine.here())
+    layout = Layout.of(checkpoint, stacked, method, jax.devices()[:devices])
     _, shapes = abstract(checkpoint.model_class, layout.config, jax.numpy.bfloat16, stacked, quantization=method)
     asked = []
     source = checkpoint.source
