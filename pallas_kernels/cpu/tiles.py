@@ -12,7 +12,7 @@ from numba import types
 from pallas_kernels.cpu import vectors as v
 from pallas_kernels.cpu.vectors import F32, I64, LANES, VF32, VI16, VI32
 
-PREFETCH_BYTES = 4096  # how far ahead of a narrow tile's weights
+PREFETCH_BYTES = 8192  # how far ahead of a narrow tile's weights
 
 
 def _step(b, address, stride, count):
