@@ -94,8 +94,8 @@ class Report:
         ]
         lines += ["", "Memory of each device, MiB", "", *banner.table(rows), ""]
         lines += ["Programs: MiB of each device, and what the devices tell each other in one step", ""]
-        lines += banner.table([("", "temporaries  in place", "collectives")])
-        lines += banner.table([self._row(key, found) for key, found in self.footprints.items()])
+        rows = [self._row(key, found) for key, found in self.footprints.items()]
+        lines += banner.table([("", "temporaries  in place", "collectives"), *rows])
         floors = [(key, self.estimate(key)) for key in self.footprints if isinstance(key, Bucket)]
         if estimates := [(key, found) for key, found in floors if found]:
             lines += ["", "Roofline estimates, not measured: what one step takes at least", ""]

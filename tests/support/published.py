@@ -112,6 +112,7 @@ class Step:
         assert footprint.arguments + footprint.beside_arguments <= memory.total
         assert footprint.aliased >= plan.num_pages * plan.page_bytes // size
         limit = (64 if self.bucket.is_decode else 256) * MIB
+        limit += 2 * 4 * plan.num_slots * plan.max_model_len  # the tokens' history, in two layouts beside its own
         if size == 1 or plan.platform == "gpu":  # whose sampler keeps the scores of many rows several times
             limit += SCORES * 4 * self.bucket.num_rows * plan.vocab_size // size
         assert footprint.temporaries < limit, f"{self.bucket}: {footprint.temporaries / MIB:,.0f} MiB of temporaries"
