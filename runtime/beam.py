@@ -7,6 +7,7 @@ cheap. Sampling parameters other than those of BeamParams play no part.
 import asyncio
 import contextlib
 import dataclasses
+import math
 from collections.abc import AsyncGenerator
 
 from runtime.errors import RequestRefused
@@ -42,10 +43,14 @@ class Beam:
     total: float = 0.0
     end: int | None = None
 
-    def score(self, num_prompt: int, length_penalty: float) -> float:
-        """The logprob of all tokens over a power of the length, prompt included and EOS not."""
+    def rank(self, num_prompt: int, length_penalty: float) -> float:
+        """Grows with the logprob of all tokens over a power of the length, prompt included and EOS not.
+
+        It is minus the logarithm of minus that quotient, so that no penalty is too large or too small.
+        """
         has_eos = self.end is not None and self.token_ids[-1:] == (self.end,)
-        return self.total / (num_prompt + len(self.token_ids) - has_eos) ** length_penalty
+        length = num_prompt + len(self.token_ids) - has_eos
+        return length_penalty * math.log(length) - math.log(-self.total) if self.total < 0 else math.inf
 
 
 async def beam_search(
@@ -64,7 +69,7 @@ async def beam_search(
     beams, ended, num_cached = [Beam()], list[Beam](), 0
 
     def best_of(candidates):
-        return sorted(candidates, key=lambda b: b.score(num_prompt, params.length_penalty), reverse=True)[: params.n]
+        return sorted(candidates, key=lambda b: b.rank(num_prompt, params.length_penalty), reverse=True)[: params.n]
 
     for _ in range(params.max_tokens):
         steps = [_next(engine, prompt, beam, one_token, f"{request_id}-{i}") for i, beam in enumerate(beams)]

@@ -8,6 +8,7 @@ import asyncio
 import collections
 import json
 import random
+import re
 
 import httpx
 import pytest
@@ -111,3 +112,30 @@ def field(rng, drawn) -> dict:
         {"response_format": format, "structured_outputs": {"disable_any_whitespace": True}},
     ]
     return {"response_format": format} if rng.random() < 0.05 else rng.choice(ways)
+
+
+TAG = {"structures": [{"begin": "e=", "schema": {"type": "integer"}, "end": ";"}], "triggers": ["e"]}
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": USER, "response_format": TAG | {"type": "structural_tag"}},
+        {"messages": USER, "structured_outputs": {"structural_tag": json.dumps(TAG)}},
+        {"messages": USER, "structural_tag": json.dumps(TAG)},
+        {"prompt": "Hi", "response_format": TAG | {"type": "structural_tag"}},
+        {"prompt": "Hi", "structured_outputs": {"structural_tag": json.dumps(TAG)}},
+    ],
+    ids=lambda body: "-".join(body),
+)
+def test_what_follows_a_trigger_is_one_of_its_structures(server, body):
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    num_tags = 0
+    for seed in range(4):
+        (choice,) = server.post(path, body | {"max_tokens": 150, "seed": seed, "ignore_eos": True}).json()["choices"]
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        parts = text.split("e")[1:]
+        num_tags += len(parts)
+        assert all(re.match(r"=\s*-?\d+\s*;", part) for part in parts[:-1]), text
+    assert num_tags > 4

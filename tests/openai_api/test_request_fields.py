@@ -166,3 +166,8 @@ def test_every_deprecated_constraint_field_is_passed_on(model, start):
     names = ("json", "regex", "choice", "grammar", "whitespace_pattern")
     given = {f"guided_{name}": ["x"] if name == "choice" else "x" for name in names} | {"structural_tag": "x"}
     assert model(**start, **given).guided == given
+
+
+@pytest.mark.parametrize("path, body", [(COMPLETIONS, {"prompt": "a"}), (CHAT, {"messages": USER})])
+def test_empty_stream_options_ask_for_nothing(server, path, body):
+    assert server.post(path, body | {"stream_options": {}, "max_tokens": 1}).status_code == 200

@@ -68,6 +68,14 @@ def test_wide_beams_find_what_trying_all_finds(seed, length_penalty, keeps_end):
     assert engine.num_open == 0
 
 
+@pytest.mark.parametrize("length_penalty, longest_first", [(1e308, True), (-1e308, False)])
+def test_no_length_penalty_is_too_large(length_penalty, longest_first):
+    lengths = [
+        len(output.token_ids) for output in search(MarkovEngine(0), n=10, max_tokens=2, length_penalty=length_penalty)
+    ]
+    assert len(set(lengths)) > 1 and lengths == sorted(lengths, reverse=longest_first)
+
+
 def test_choices_are_numbered_and_say_how_they_ended():
     outputs = search(MarkovEngine(0), n=3, max_tokens=3)
     assert [output.index for output in outputs] == [0, 1, 2] and outputs[0].prompt_token_ids == [0]

@@ -113,7 +113,7 @@ BOTH = [
     ({"logits_processors": [{"qualname": "a", "x": 1}]}, 400, VALIDATION, "extra_forbidden", "logits_processors.0"),
     ({"request_id": "a\nb"}, 400, VALIDATION, "1 to 128 printable ASCII characters", "request_id"),
     ({"request_id": "a" * 129}, 400, VALIDATION, "1 to 128 printable ASCII characters", "request_id"),
-    ({"stream_options": {}}, 400, VALIDATION, "can only be defined when `stream=True`.", "stream_options"),
+    ({"stream_options": {"include_usage": True}}, 400, VALIDATION, "defined when `stream=True`.", "stream_options"),
     ({"stream_options": 3, "stream": True}, 400, VALIDATION, "stream_options", "stream_options"),
     ({"stream": "maybe"}, 400, VALIDATION, "bool_parsing", "stream"),
     ({"user": "a" * 1025}, 400, HANDLER, "user may have 1024 characters", "user"),

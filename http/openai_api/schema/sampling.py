@@ -144,7 +144,8 @@ class SamplingFields(Body):
 
     @pydantic.model_validator(mode="after")
     def _goes_with_stream(self):
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        if options is not None and options.model_fields_set and not self.stream:  # an empty object asks for nothing
             raise WrongField("Stream options can only be defined when `stream=True`.", "stream_options")
         if self.prompt_logprobs is not None:
             if self.stream and (self.prompt_logprobs > 0 or self.prompt_logprobs == -1):
