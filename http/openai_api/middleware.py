@@ -18,6 +18,7 @@ from sanic.asgi import ASGIApp
 from sanic.compat import Header
 from sanic.exceptions import ServerError
 
+from openai_api.errors import Refused
 from runtime.errors import ConfigError
 
 Message = MutableMapping[str, Any]
@@ -118,6 +119,7 @@ class _Exchange:
         self._stream: Any = request.stream
         self._start: Message = {}
         self._is_read = False
+        self._num_bytes = 0
 
     def scope(self) -> Message:
         request = self.request
@@ -141,10 +143,17 @@ class _Exchange:
         }
 
     async def receive(self) -> Message:
-        """The body in pieces; then nothing more, as a client who goes away cancels the whole exchange."""
+        """The body in pieces; then nothing more, as a client who goes away cancels the whole exchange.
+
+        Raises:
+            Refused: the body is larger than any may be, whoever reads it.
+        """
         if self._is_read:
             await asyncio.get_running_loop().create_future()
         data = await self._stream.read() if self._stream.request_body else b""
+        self._num_bytes += len(data or b"")
+        if self._num_bytes > (most := self.request.app.ctx.config.limits.max_body):
+            raise Refused(f"the body is larger than {most:,} bytes; shorten it", status_code=413)
         if self.inner is not None:
             self.inner.request_bytes = self._stream.request_bytes
         self._is_read = not self._stream.request_body

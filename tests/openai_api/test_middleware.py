@@ -60,6 +60,15 @@ def test_it_is_given_the_request_as_it_came(inside):
     assert response.text == "POST /a%20b?c=d " + "body" * 9 + "!"
 
 
+@pytest.mark.parametrize("name", ["Echo", "Named"])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_no_body_is_larger_than_any_may_be(inside, name, is_chunked):
+    server = inside(name, config={"limits": Limits(max_body=1000)})
+    content = iter([b'{"a": "', b"a" * 5000, b'"}']) if is_chunked else b'{"a": "' + b"a" * 5000 + b'"}'
+    response = server.client.post(PATH, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 413 and "1,000 bytes" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("name", ["Broken", "Silent"])
 def test_what_fails_in_it_is_an_error_of_the_server(inside, name):
     response = inside(name).post(PATH, BODY)

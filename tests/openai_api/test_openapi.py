@@ -159,3 +159,7 @@ def test_a_root_path_is_the_documents_server(serve):
     document = server.client.get("/llm/openapi.json").json()
     assert document["servers"] == [{"url": "/llm"}]
     assert not any(path.startswith("/llm") for path in document["paths"])
+
+
+def test_no_route_lets_the_framework_read_a_body_of_any_size(server):
+    assert [route.path for route in server.app.router.routes if not getattr(route.handler, "is_stream", False)] == []

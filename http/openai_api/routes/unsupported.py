@@ -40,7 +40,8 @@ def _refusing(task: str):
 for path, task in TASKS.items():
     name = re.sub(r"\W+", "_", path).strip("_")
     blueprint.add_route(_refusing(task), path, methods=["POST"], name=name, stream=True)
-blueprint.add_route(_refusing("Responses"), "/v1/responses/<response_id:str>", methods=["GET"], name="response")
+place = "/v1/responses/<response_id:str>"
+blueprint.add_route(_refusing("Responses"), place, methods=["GET"], name="response", stream=True)
 
 
 @blueprint.post("/scale_elastic_ep", stream=True)
