@@ -110,7 +110,8 @@ def help_text() -> str:
         lines += ["", f"{title}:"] if shown else []
         for flag in shown:
             names = ", ".join([f"--{'[no-]' if flag.kind == 'switch' else ''}{flag.name}", *flag.short])
-            value = "" if flag.kind == "switch" else " " + ("|".join(flag.choices) or flag.kind.upper())
+            kind = "text" if flag.kind == "each" else flag.kind
+            value = "" if kind == "switch" else " " + ("|".join(flag.choices) or kind.upper())
             lines.append(f"  {names}{value}\n        {flag.help}")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ Source: the ASGI specification 3.0, HTTP and WebSocket message format 2.3.
 import asyncio
 import importlib
 import inspect
+import urllib.parse
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -131,7 +132,7 @@ class _Exchange:
             "http_version": request.version,
             "method": request.method,
             "scheme": "https" if place and place.ssl else "http",
-            "path": request.path,
+            "path": urllib.parse.unquote(request.path),
             "raw_path": path,
             "query_string": query,
             "root_path": "",

@@ -57,7 +57,7 @@ def test_it_may_answer_in_the_servers_place(inside):
 
 def test_it_is_given_the_request_as_it_came(inside):
     response = inside("Echo").client.post("/a%20b?c=d", content=b"body" * 9)
-    assert response.text == "POST /a%20b?c=d " + "body" * 9 + "!"
+    assert response.text == "POST /a b /a%20b?c=d " + "body" * 9 + "!"
 
 
 @pytest.mark.parametrize("name", ["Echo", "Named"])

@@ -59,7 +59,8 @@ class Echo(Broken):
         while more:
             message = await receive()
             body, more = body + message["body"], message["more_body"]
-        said = b"%b %b?%b %b" % (scope["method"].encode(), scope["raw_path"], scope["query_string"], body)
+        places = (scope["path"].encode(), scope["raw_path"], scope["query_string"])
+        said = b"%b %b %b?%b %b" % (scope["method"].encode(), *places, body)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": said, "more_body": True})
         await send({"type": "http.response.body", "body": b"!"})
