@@ -48,6 +48,8 @@ class Gate:
         context.is_counted = False
         asked = request.headers.getall("x-request-id", [])
         context.client_id = asked[0] if len(asked) == 1 and REQUEST_ID.fullmatch(asked[0]) else None
+        if request.raw_url == b"*":  # stands for a request that could not be read; the refusal of that is the answer
+            return None
         if request.method == "OPTIONS" and "access-control-request-method" in request.headers:
             return self._preflight(request)
         if self._keys and request.method != "OPTIONS" and self.path(request) not in OPEN_PATHS:

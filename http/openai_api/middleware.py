@@ -92,13 +92,22 @@ def _load(path: str) -> Any:
 
 def _innermost(app) -> Application:
     async def answer(scope, receive, send):
-        async def send_lists(message):
-            if "headers" in message:
-                message["headers"] = list(message["headers"])  # Sanic's are a generator, which no middleware expects
+        start: Message = {}
+
+        async def send_with_length(message):
+            """What Sanic sends, with headers as a list, and with the length of an answer that comes at once."""
+            if message["type"] == "http.response.start":
+                start.update(message, headers=list(message["headers"]))
+                return
+            if start:
+                if not message.get("more_body", False):
+                    start["headers"].append((b"content-length", str(len(message.get("body", b""))).encode()))
+                await send(dict(start))
+                start.clear()
             await send(message)
 
         app.asgi = True  # else Sanic, which does not run this app by itself, would not give its loop
-        inner = await ASGIApp.create(app, scope, receive, send_lists)
+        inner = await ASGIApp.create(app, scope, receive, send_with_length)
         scope["extensions"][CONNECTION].inner = inner
         await inner()
 

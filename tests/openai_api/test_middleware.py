@@ -30,7 +30,8 @@ def test_a_class_sees_every_answer_and_the_last_is_the_outermost(inside):
     server = inside("Named", "Outer")
     for response in (server.post(PATH, BODY), server.client.get("/health"), server.client.get("/nothing")):
         assert response.headers["x-order"] == "inner;outer;"
-    assert server.post(PATH, BODY).json()["choices"][0]["text"] == TEXT
+    answer = server.post(PATH, BODY)
+    assert answer.json()["choices"][0]["text"] == TEXT and int(answer.headers["content-length"]) == len(answer.content)
 
 
 def test_a_stream_passes_piece_by_piece(inside):
@@ -100,6 +101,7 @@ def test_a_function_takes_starlettes_requests(inside):
     server = inside("timed")
     response = server.post(PATH, BODY)
     assert response.headers["x-path"] == PATH and response.json()["choices"][0]["text"] == TEXT
+    assert int(response.headers["content-length"]) == len(response.content)
     events = server.events(PATH, BODY)
     assert "".join(event["choices"][0]["text"] for event in events[:-1]) == TEXT
 

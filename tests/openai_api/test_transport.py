@@ -122,6 +122,8 @@ def test_headers_have_the_limits_that_were_set(serve):
     few, long = b"".join(b"X-%d: a\r\n" % i for i in range(9)), b"X-A: " + b"a" * 400 + b"\r\n"
     for headers, status in ((few, 431), (long, 431), (b"X-A: a\r\n", 200)):
         assert answers(server, GET + b"Connection: close\r\n" + headers + b"\r\n") == [status]
+    locked = serve(config={"limits": Limits(max_headers=5), "api_keys": ["k"]})
+    assert answers(locked, GET + b"Connection: close\r\n" + few + b"\r\n") == [431]
 
 
 def test_a_header_that_drips_is_408_however_often_it_drips(serve):
