@@ -8,6 +8,7 @@ step can go below while the rows are few.
 With PEER_PYTHON (an interpreter that has vLLM) and PEER_MODEL (a folder for it) the peer is started afterwards, never
 beside ours, and gets the same loads; ratios are ours over the peer's. Only ratios say something on a borrowed machine.
 
+    python -m tests.bench.peer_model FOLDER     # the demo model's weights for the peer
     make bench BENCH=serve RUNS=3
     make bench BENCH=serve PEER_PYTHON=peer/bin/python PEER_MODEL=models/smollm2 PEER_RUNS=1 PEER_REQUESTS=8
 
