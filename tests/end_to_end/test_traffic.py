@@ -120,7 +120,7 @@ def test_a_json_schema_is_obeyed_beside_other_requests(server):
 
 
 def test_a_full_queue_turns_requests_away(server, monkeypatch):
-    engine = server.engine.engine
+    engine = server.engine
     monkeypatch.setattr(engine, "plan", dataclasses.replace(engine.plan, max_queued=0))
     response = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1})
     assert response.status_code == 429 and response.json()["error"]["type"] == "RateLimitError"

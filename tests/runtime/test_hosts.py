@@ -177,9 +177,10 @@ def join(monkeypatch):
         company._listener.close()
         for connection in company._channels.values():
             connection.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("host "):
-            thread.join(10)
+    for _ in range(20):  # a thread that joins starts one that listens, which must not outlive the patch of os._exit
+        if not (left := [t for t in threading.enumerate() if t.name.startswith("host ")]):
+            break
+        left[0].join(2)
 
 
 def follower(company, rank=1):
@@ -203,7 +204,7 @@ def test_a_host_that_differs_is_refused_with_both_values_and_may_come_again(join
 def test_a_rank_is_given_once(join):
     company, outcome = join(3)
     others = [follower(company, 1), follower(company, 2)]
-    first = threading.Thread(target=others[0].join, args=(FACTS,), daemon=True)
+    first = threading.Thread(target=others[0].join, args=(FACTS,), name="host joins", daemon=True)
     first.start()
     while not company._channels:
         time.sleep(0.01)
@@ -222,7 +223,10 @@ def test_a_host_that_left_before_all_were_there_is_replaced(join, caplog):
         while not company._channels:
             time.sleep(0.01)
         leaves.close()
-    threads = [threading.Thread(target=follower(company, i).join, args=(FACTS,), daemon=True) for i in (2, 1)]
+    threads = [
+        threading.Thread(target=follower(company, i).join, args=(FACTS,), name="host joins", daemon=True)
+        for i in (2, 1)
+    ]
     for thread in threads:
         thread.start()
     assert outcome.get(timeout=10) == ("joined", None)
@@ -247,7 +251,7 @@ def test_a_port_that_is_taken_is_told():
 def joined(join, count=2):
     company, outcome = join(count)
     others = [follower(company, rank) for rank in range(1, count)]
-    threads = [threading.Thread(target=other.join, args=(FACTS,), daemon=True) for other in others]
+    threads = [threading.Thread(target=other.join, args=(FACTS,), name="host joins", daemon=True) for other in others]
     for thread in threads:
         thread.start()
     for thread in threads:
