@@ -36,6 +36,11 @@ class Reader:
         self._reasoning, self._tools = reasoning_parser, tool_parser
         self._shows_reasoning = shows_reasoning
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether something that looked like a call was none, or was cut off."""
+        return self._tools is not None and self._tools.is_broken
+
     def push(self, text: str, token_ids: Sequence[int]) -> list[Event | Reasoning]:
         """New text and the tokens it came with; gives what is certain of it."""
         if self._reasoning is not None:

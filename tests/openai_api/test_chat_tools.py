@@ -100,6 +100,55 @@ def test_a_call_that_is_cut_ends_with_length(serve, cut):
     assert streamed(server, tools=[WEATHER], max_tokens=cut)[1] == "length"
 
 
+def test_calls_that_are_whole_are_calls_though_the_text_after_them_is_cut(serve):
+    server = serve(CALL + " That is what I would ask.", config=HERMES)
+    num_whole = len(server.engine.tokenizer.encode(CALL, False))
+    choice = whole(server, tools=[WEATHER], max_tokens=num_whole + 3)
+    same(choice, *streamed(server, tools=[WEATHER], max_tokens=num_whole + 3)[:2])
+    assert choice["finish_reason"] == "tool_calls" and len(choice["message"]["tool_calls"]) == 1
+
+
+def forced_server(serve, script):
+    server = serve(script)
+    server.engine.compiler = FakeCompiler()
+    return server, len(server.engine.tokenizer.encode(script, False))
+
+
+def test_required_calls_that_are_cut_are_refused_and_a_stream_ends_with_length(serve):
+    server, num_whole = forced_server(serve, '[{"name": "weather", "parameters": {"city": "Köln"}}]')
+    asked = {"messages": USER, "tools": [WEATHER], "tool_choice": "required"}
+    for cut in range(1, num_whole):
+        response = server.post(PATH, asked | {"max_tokens": cut})
+        error = response.json()["error"]
+        assert (response.status_code, error["type"], error["param"]) == (400, "BadRequestError", "max_tokens")
+        assert f"after {cut} tokens; raise max_tokens" in error["message"]
+        message, finish, deltas = streamed(server, **asked, max_tokens=cut)
+        assert finish == "length" and not any("content" in delta for delta in deltas)
+    choice = whole(server, **asked, max_tokens=num_whole)
+    same(choice, *streamed(server, **asked, max_tokens=num_whole)[:2])
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_required_calls_that_a_stop_string_cuts_are_refused(serve):
+    server, _ = forced_server(serve, '[{"name": "weather", "parameters": {"city": "Köln"}}]')
+    asked = {"messages": USER, "tools": [WEATHER], "tool_choice": "required", "stop": "K"}
+    response = server.post(PATH, asked)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "stop"
+    assert streamed(server, **asked)[1] == "stop"
+
+
+def test_a_named_call_that_is_cut_has_its_text_and_ends_with_length(serve):
+    script = '{"city": "Köln"}'
+    server, num_whole = forced_server(serve, script)
+    asked = {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    for cut in range(1, num_whole + 1):
+        choice = whole(server, **asked, max_tokens=cut)
+        same(choice, *streamed(server, **asked, max_tokens=cut)[:2])
+        (call,) = choice["message"]["tool_calls"]
+        assert script.startswith(call["function"]["arguments"].rstrip("\ufffd")) and choice["message"]["content"] == ""
+        assert choice["finish_reason"] == ("length" if cut < num_whole else "tool_calls")
+
+
 def test_tool_choice_none_leaves_the_text_alone(serve):
     server = serve(CALL, config=HERMES)
     choice = whole(server, tools=[WEATHER], tool_choice="none")

@@ -11,6 +11,7 @@ from openai_api.schema.chat import ChatRequest
 from openai_api.schema.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from openai_api.schema.usage import bare, usage
 from runtime.chat.tools import Arguments, CallBroken, CallStarted, Content, Event, collect
+from runtime.errors import RequestRefused
 from runtime.request import Prompt, RequestOutput
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]
@@ -44,7 +45,8 @@ class Choice:
         self.reasoning += [event.text for event in events if isinstance(event, Reasoning)]
         self.events += [event for event in events if not isinstance(event, Reasoning)]
         if output.finish_reason is not None:
-            made_calls = self._num_calls and output.finish_reason == "stop"
+            is_cut = output.finish_reason != "stop" and (output.finish_reason != "length" or self.reader.is_broken)
+            made_calls = self._num_calls > 0 and not is_cut
             self.finish_reason = "tool_calls" if made_calls else output.finish_reason
             self.stop_reason = output.stop_reason
         return events
@@ -105,6 +107,7 @@ class ChatFormat:
                 self._note_prompt(output)
                 self.choices[output.index].add(output)
         self._log()
+        self._check_required()
         shown = self.prompt_logprobs
         return {
             "id": self.id,
@@ -119,6 +122,17 @@ class ChatFormat:
             "prompt_token_ids": self.prompt.token_ids if self.body.return_token_ids else None,
             "kv_transfer_params": None,
         }
+
+    def _check_required(self):
+        """A stream has shown what there is by now; a whole answer must be what was asked for."""
+        if self.body.tool_choice != "required":
+            return
+        for choice in self.choices:
+            if choice.reader.is_broken:
+                is_cut = choice.finish_reason == "length"
+                why = f"after {len(choice.token_ids)} tokens; raise max_tokens" if is_cut else "by stop"
+                message = f'tool_choice "required": the answer was cut before its tool calls were whole, {why}'
+                raise RequestRefused(message, "max_tokens" if is_cut else "stop")
 
     def _choice(self, index, choice):
         reply = collect(choice.events)

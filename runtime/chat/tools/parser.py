@@ -32,6 +32,9 @@ class ToolParser:
         tools: the request's tools, as sent: [{"type": "function", "function": {"name", "parameters"}}]. Formats that
             write values as bare text need the schemas to tell "1" from 1.
         new_id: (name, index) -> the id of a call; None for the format's own.
+
+    Attributes:
+        is_broken: whether something that looked like a call was none, or was cut off.
     """
 
     needs_special_tokens = False  # whether skip_special_tokens must be false for the markers to be seen
@@ -40,6 +43,7 @@ class ToolParser:
     def __init__(self, tools: Sequence[dict] = (), new_id: NewId | None = None):
         self.scanner = Scanner()
         self.num_calls = 0
+        self.is_broken = False
         self._schemas = {}
         for tool in tools or ():
             function = tool.get("function") or {}
@@ -109,6 +113,7 @@ class ToolParser:
         try:
             yield from steps
         except Malformed:
+            self.is_broken = True
             text = self.scanner.since_mark()
             if self._is_call_open:
                 self._is_call_open = False

@@ -113,8 +113,9 @@ NAMED = {"type": "function", "function": {"name": "f"}}
         ("required", '[{"name": "f", "parameters": {"a": "é"}}, {"name":"g","parameters":{}}]',
          [("f", '{"a": "é"}'), ("g", "{}")], None),
         ("required", '\n[ {"name": "f", "parameters": {}} ]\n', [("f", "{}")], None),
-        ("required", '[{"name": "f", "parameters": {}}, {"name": "g", "param', [("f", "{}")], ', {"name": "g", "param'),
-        ("required", "no", [], "no"),
+        ("required", '[{"name": "f", "parameters": {}}, {"name": "g", "param', [("f", "{}")], None),
+        ("required", '[{"name": "f", "parameters": {"a": "é', [], '[{"name": "f", "parameters": {"a": "é'),
+        ("required", "no", [], None),
     ],
 )  # fmt: skip
 def test_forced_calls(choice, text, calls, content):
