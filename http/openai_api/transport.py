@@ -8,9 +8,11 @@ import asyncio
 import math
 import re
 
+from httptools import HttpParserInvalidURLError, parse_url
 from sanic import Sanic
 from sanic.application.state import ApplicationServerInfo
-from sanic.http import Http
+from sanic.headers import format_http1_response
+from sanic.http import Http, Stage
 from sanic.http.constants import HTTP
 from sanic.http.http1 import HTTP_CONTINUE
 from sanic.log import error_logger
@@ -19,6 +21,7 @@ from sanic.server import HttpProtocol
 
 from openai_api import middleware
 from openai_api.errors import Refused
+from runtime.errors import shown
 
 MAX_TARGET = 8192
 LINGER_S = 2.0  # how long, and how much, of an unwanted body is swallowed so that the client gets to read the answer
@@ -30,7 +33,8 @@ UNREADABLE = "unreadable"
 error_logger.addFilter(lambda record: "body not consumed" not in record.getMessage())
 
 UNPRINTABLE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
-REQUEST_LINE = re.compile(rb"[A-Z]{1,20} [\x21-\x7e]+ HTTP/1\.([01])")
+REQUEST_LINE = re.compile(rb"[A-Z]{1,20} ([\x21-\x7e]+) HTTP/1\.([01])")
+TARGET = re.compile(rb"/.*|\*|https?://.+")
 HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*(.*?)[ \t]*")
 HOST = re.compile(rb"[A-Za-z0-9._~%:\[\]-]*")
 CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,12}")
@@ -42,7 +46,7 @@ def check_head(head: bytes, max_headers: int) -> None:
     """Refuses a request line or headers that are not plainly right.
 
     Raises:
-        Refused: 400, 414 or 431.
+        Refused: 400, 404, 414 or 431.
     """
     if UNPRINTABLE.search(head):
         raise Refused("the header has a control character", status_code=400)
@@ -52,6 +56,7 @@ def check_head(head: bytes, max_headers: int) -> None:
         raise Refused("the request line is not that of HTTP/1.1", status_code=400)
     if len(request_line) > MAX_TARGET:
         raise Refused(f"the URL is longer than {MAX_TARGET} bytes", status_code=414)
+    _check_target(match[1])
     if len(lines) > max_headers:
         raise Refused(f"there are more than {max_headers} headers", status_code=431)
     found: dict[bytes, list[bytes]] = {b"host": [], b"content-length": [], b"transfer-encoding": []}
@@ -62,12 +67,23 @@ def check_head(head: bytes, max_headers: int) -> None:
         if (name := header[1].lower()) in found:
             found[name].append(header[2])
     hosts, lengths, codings = found.values()
-    if len(hosts) > 1 or (not hosts and match[1] == b"1") or not all(HOST.fullmatch(host) for host in hosts):
+    if len(hosts) > 1 or (not hosts and match[2] == b"1") or not all(HOST.fullmatch(host) for host in hosts):
         raise Refused("exactly one plain Host header is needed", status_code=400)
     if len(lengths) + len(codings) > 1 or not all(LENGTH.fullmatch(length) for length in lengths):
         raise Refused("the length of the body is not clear", status_code=400)
     if any(coding.lower() != b"chunked" for coding in codings):
         raise Refused("the only Transfer-Encoding is chunked", status_code=400)
+
+
+def _check_target(target):
+    if target.startswith(b"//"):  # Sanic would take the first name for a host, and serve the rest
+        raise Refused(f"there is no {shown(target.decode())} here; paths begin with one slash", status_code=404)
+    try:
+        if TARGET.fullmatch(target) and parse_url(target):
+            return
+    except HttpParserInvalidURLError:
+        pass
+    raise Refused("the URL of the request line is neither a path nor that of HTTP", status_code=400)
 
 
 class StrictHttp(Http):
@@ -87,6 +103,25 @@ class StrictHttp(Http):
             raise Refused(f"the header is larger than {limit:,} bytes", status_code=431)
         check_head(bytes(self.recv_buffer[:end]), limits.max_headers)
         await super().http1_request_header()
+
+    async def http1_response_header(self, data, end_stream):
+        response = self.response
+        has_length = end_stream or getattr(response, "body", None) or "content-length" in response.headers
+        if has_length or self.request.version != "1.0":
+            await super().http1_response_header(data, end_stream)
+            return
+        self.keep_alive = False  # HTTP/1.0 has no chunks: the answer ends where the connection does
+        response.headers["connection"] = "close"
+        self.response_func = self._until_closed
+        await self._send(format_http1_response(response.status, response.processed_headers) + data)
+        self.stage = Stage.RESPONSE
+
+    async def _until_closed(self, data, end_stream):
+        if data:
+            await self._send(data)
+        if end_stream:
+            self.response_func = None
+            self.stage = Stage.IDLE
 
     async def __aiter__(self):
         """What Sanic reads of a body that no handler wanted: a little, for a short while, and then it hangs up."""

@@ -39,6 +39,10 @@ BAD = {
     "not http": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
     "version": b"GET / HTTP/2.0\r\n" + HOST + b"\r\n",
     "no version": b"GET /\r\n\r\n",
+    "no path": b"CONNECT a:80 HTTP/1.1\r\n" + HOST + b"\r\n",
+    "relative path": b"GET version HTTP/1.1\r\n" + HOST + b"\r\n",
+    "no host in the URL": b"GET http:// HTTP/1.1\r\n" + HOST + b"\r\n",
+    "other scheme": b"GET file:///version HTTP/1.1\r\n" + HOST + b"\r\n",
     "bare LF": b"GET / HTTP/1.1\nHost: a\n\n\r\n\r\n",
     "space before colon": GET + b"X-A : b\r\n\r\n",
     "folded": GET + b"X-A: b\r\n c\r\n\r\n",
@@ -68,6 +72,32 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_unclear_requests_get_one_400(server, name):
     assert answers(server, BAD[name]) == [400]
+
+
+@pytest.mark.parametrize("target", [b"//version", b"//a/version", b"//v1/models", b"//"])
+def test_a_second_slash_does_not_hide_a_path(server, target):
+    assert answers(server, b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"\r\n") == [404]
+
+
+def test_no_url_goes_unanswered(server):
+    rng = random.Random(5)
+    for _ in range(300):
+        target = bytes(rng.choice(b"/:@[]?#%.*ahtps0~|\\^`{") for _ in range(rng.randrange(1, 12)))
+        (status,) = answers(server, b"GET " + target + b" HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n")
+        assert status in (400, 404), target
+
+
+@pytest.mark.parametrize("keep", [b"", b"Connection: keep-alive\r\n"])
+def test_a_stream_over_http_1_0_has_no_chunks_and_ends_the_connection(server, keep):
+    body = b'{"prompt": "a", "max_tokens": 3, "stream": true}'
+    head = b"POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\n" + keep
+    with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+        sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        header, _, events = sock.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in header.lower() and b"connection: close" in header.lower()
+    *chunks, done, end = events.split(b"\n\n")
+    assert len(chunks) == 3 and all(chunk.startswith(b'data: {"id"') for chunk in chunks)
+    assert (done, end) == (b"data: [DONE]", b"")
 
 
 @pytest.mark.parametrize("byte", [*range(0, 9), 11, 12, *range(14, 32), 127])
