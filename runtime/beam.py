@@ -73,7 +73,12 @@ async def beam_search(
 
     for _ in range(params.max_tokens):
         steps = [_next(engine, prompt, beam, one_token, f"{request_id}-{i}") for i, beam in enumerate(beams)]
-        entries = await asyncio.gather(*steps)
+        try:
+            entries = await asyncio.gather(*steps)
+        except RequestRefused as error:
+            if error.param == "logprobs":
+                raise RequestRefused(f"{error}. Beam search asks for twice n", "n") from None
+            raise
         num_cached = num_cached or entries[0][1]
         grown: list[Beam] = []
         for beam, (entry, _) in zip(beams, entries, strict=True):

@@ -155,7 +155,7 @@ class Doorman(asyncio.Protocol):
             status, body = "200 OK", b""
         else:
             message = "the server is starting: the model is being loaded; try again shortly"
-            error = {"message": message, "type": "server_error", "param": None, "code": 503}
+            error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
             status, body = "503 Service Unavailable", json.dumps({"error": error}).encode()
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         return (head + "Retry-After: 5\r\nConnection: close\r\n\r\n").encode() + body

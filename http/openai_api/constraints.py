@@ -22,7 +22,7 @@ async def constraint_of(
     """
     wanted = Constraint.from_request(
         _with_server_flags(config, body),
-        body.response_format,
+        body.reply_format,
         body.guided,
         tool_schema=tool_schema,
         starts_after=starts_after,

@@ -58,9 +58,11 @@ async def completion_prompt(engine, item: str | list[int], body, adapter: str | 
     limit = engine.max_model_len - (body.max_tokens or 0)
     if limit <= 0:
         message = (
-            f"max_tokens={body.max_tokens} leaves no room for a prompt: this model holds {engine.max_model_len} tokens"
+            f"This model's maximum context length is {engine.max_model_len} tokens, prompt and answer together, and "
         )
-        raise RequestRefused(f"{message}, prompt and answer together. Lower max_tokens.", "max_tokens")
+        raise RequestRefused(
+            f"{message}max_tokens={body.max_tokens} leaves no room for a prompt. Lower it.", "max_tokens"
+        )
     keep = body.truncate_prompt_tokens
     if keep is not None and keep > limit:
         raise RequestRefused(

@@ -93,6 +93,21 @@ class Constraint:
         return dataclasses.replace(self, starts_after=None)
 
 
+def check_fields(
+    structured_outputs: Mapping[str, Any] | None = None, response_format: Mapping[str, Any] | None = None
+) -> None:
+    """What can be said of these fields without reading any schema: their types, and that there is one constraint.
+
+    Raises:
+        RequestRefused: as `Constraint.from_request`.
+    """
+    given = _object(structured_outputs, "structured_outputs") or {}
+    fields = {name: value for name, value in given.items() if value is not None and value is not False}
+    _check_types(fields)
+    _check_exclusive(fields)
+    _add_response_format({}, _object(response_format, "response_format"))
+
+
 def _object(value, name):
     if value is not None and not isinstance(value, Mapping):
         raise RequestRefused(f"{name} must be an object, got {_type_name(value)}.", name)
@@ -121,8 +136,6 @@ def _check_types(fields):
             raise RequestRefused(f"structured_outputs.{name} must be {words}, got {_type_name(fields[name])}.", name)
     if any(not isinstance(item, str) for item in fields.get("choice", ())):
         raise RequestRefused("structured_outputs.choice must be a list of strings.", "choice")
-    if fields.get("choice") == []:
-        raise RequestRefused("Choice '[]' cannot be an empty list", "choice")
 
 
 def _check_exclusive(fields):
@@ -205,6 +218,8 @@ def _build(kind, fields, starts_after) -> Constraint:
             check_regex(value, "regex")
             return Constraint("regex", value, starts_after=starts_after)
         case "choice":
+            if not value:
+                raise RequestRefused("Choice '[]' cannot be an empty list", "choice")
             source = json_text(value, "choice")
             _check_size(source, limits.MAX_SCHEMA_BYTES, "choice")
             return Constraint("choice", source, starts_after=starts_after)

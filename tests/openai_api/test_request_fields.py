@@ -36,6 +36,15 @@ def test_fields_that_nothing_reads_are_said_once(server, caplog):
         assert caplog.text.count(f"{name} is ignored") == 1
 
 
+def test_which_of_two_formats_counts_depends_on_the_route():
+    both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    assert CompletionRequest(prompt="a", **both).reply_format is None
+    assert CompletionRequest(prompt="a", response_format=both["response_format"]).reply_format == {
+        "type": "json_object"
+    }
+    assert ChatRequest(messages=USER, **both).reply_format == {"type": "json_object"}
+
+
 @pytest.mark.parametrize(
     "fields, most", [({}, None), ({"parallel_tool_calls": False}, 1), ({"parallel_tool_calls": True}, None)]
 )

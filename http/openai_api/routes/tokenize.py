@@ -5,7 +5,7 @@ import asyncio
 from sanic import Blueprint, HTTPResponse, Request
 
 from openai_api.body import read_json
-from openai_api.errors import Refused
+from openai_api.errors import InvalidBody, Refused
 from openai_api.gate import counted
 from openai_api.operations import OF_BODIES, operation
 from openai_api.prompts import encode, encode_chat
@@ -13,7 +13,6 @@ from openai_api.respond import whole_json
 from openai_api.schema.answers import Detokenized, TokenizerInfo, Tokens
 from openai_api.schema.tokenize import DetokenizeRequest, TokenizeChat, TokenizeText
 from runtime.chat.messages import UnknownPart
-from runtime.errors import RequestRefused
 
 blueprint = Blueprint("tokenize")
 info = Blueprint("tokenizer_info")
@@ -57,7 +56,7 @@ async def detokenize(request: Request) -> HTTPResponse:
 
 def _decoded(tokenizer, token_ids):
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < 2**32):
-        raise RequestRefused("tokens must be ids from 0 to 4294967295", "tokens")
+        raise InvalidBody.of("value_error", "tokens must be ids from 0 to 4294967295", "tokens")
     return tokenizer.decode(token_ids, False)
 
 

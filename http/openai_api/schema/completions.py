@@ -82,6 +82,11 @@ class CompletionRequest(SamplingFields):
         return [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt or []
 
     @property
+    def reply_format(self) -> dict[str, Any] | None:
+        """Here structured_outputs goes before it; a chat refuses two kinds, and of one kind takes this."""
+        return self.response_format if self.structured_outputs is None else None
+
+    @property
     def hides_text(self) -> bool:
         """Only the prompt is wanted: one token is generated and not shown."""
         return bool(self.echo) and self.max_tokens == 0

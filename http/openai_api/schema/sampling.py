@@ -14,6 +14,7 @@ from openai_api.config import Limits
 from openai_api.errors import WrongField
 from runtime.beam import BeamParams
 from runtime.errors import RequestRefused, shown
+from runtime.grammar.constraint import check_fields
 from runtime.params import INT64, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class SamplingFields(Body):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, le=INT64 - 1)] | None = None
     stop: str | list[str] | None = []
     stop_token_ids: Ids | None = []
     include_stop_str_in_output: bool = False
@@ -128,10 +129,10 @@ class SamplingFields(Body):
     guided_whitespace_pattern: str | None = None
     guided_decoding_backend: str | None = None
 
-    @pydantic.field_validator("cache_salt")
+    @pydantic.field_validator("cache_salt", mode="before")
     @classmethod
     def _salt(cls, value):
-        if value is not None and not value:
+        if value is not None and not (isinstance(value, str) and value):
             raise ValueError("Parameter 'cache_salt' must be a non-empty string if provided.")
         return value
 
@@ -153,6 +154,19 @@ class SamplingFields(Body):
             if self.prompt_logprobs < 0 and self.prompt_logprobs != -1:
                 raise WrongField("`prompt_logprobs` must be a positive value or -1.", "prompt_logprobs")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_constraint(self):
+        try:
+            check_fields(self.structured_outputs, self.response_format)
+        except RequestRefused as error:
+            raise WrongField(str(error), error.param or "structured_outputs") from None
+        return self
+
+    @property
+    def reply_format(self) -> dict[str, Any] | None:
+        """response_format, as far as it counts beside structured_outputs."""
+        return self.response_format
 
     @property
     def guided(self) -> dict[str, Any]:
