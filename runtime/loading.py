@@ -109,6 +109,12 @@ def load(
     tokenizer = checkpoint.tokenizer and Tokenizer(checkpoint.tokenizer, checkpoint.tokenizer_config)
     eos_id, eos_ids = end_tokens(checkpoint, tokenizer)
     usual = empty_row(plan.vocab_size, sorted(eos_ids))
+    defaults = default_sampling(config, checkpoint)
+    if defaults:
+        log.warning(
+            "requests that leave them out get generation_config's %s; --generation-config vllm takes no model's word",
+            ", ".join(f"{name} {value}" for name, value in defaults.items()),
+        )
     everywhere = Layout.together([prepared.layout for prepared in replicas])
     place = functools.partial(weights.on_devices, checkpoint, layout.config, everywhere.tensor, shapes)
     # Reading and hashing hold no lock of Python's, so the steps are made meanwhile.
@@ -139,7 +145,7 @@ def load(
             eos_id=eos_id,
             eos_ids=eos_ids,
             usual_tables=usual,
-            default_sampling=default_sampling(config, checkpoint),
+            default_sampling=defaults,
             state=_timed(seconds, "allocate", new_state),
             new_state=new_state,
             seconds=seconds,
@@ -211,12 +217,9 @@ def default_sampling(config: EngineConfig, checkpoint: Checkpoint) -> dict[str, 
             values = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"--generation-config {source!r}: {path.name} cannot be read ({error})") from None
-    values = values | config.override_generation_config
-    return {
-        name: values[name]
-        for name, usual in SAMPLING_DEFAULTS.items()
-        if values.get(name) is not None and values[name] != usual
-    }
+    own = {name: values[name] for name, usual in SAMPLING_DEFAULTS.items() if values.get(name) not in (None, usual)}
+    laid_over = {name: value for name, value in config.override_generation_config.items() if name in SAMPLING_DEFAULTS}
+    return {name: value for name, value in (own | laid_over).items() if value is not None}
 
 
 def cache_folder(config: EngineConfig) -> Path | None:

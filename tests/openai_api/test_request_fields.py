@@ -37,12 +37,13 @@ def test_fields_that_nothing_reads_are_said_once(server, caplog):
 
 
 def test_which_of_two_formats_counts_depends_on_the_route():
-    both = {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}
+    format = {"type": "json_object"}
+    both = {"response_format": format, "structured_outputs": {"regex": "a"}}
     assert CompletionRequest(prompt="a", **both).reply_format is None
-    assert CompletionRequest(prompt="a", response_format=both["response_format"]).reply_format == {
-        "type": "json_object"
-    }
-    assert ChatRequest(messages=USER, **both).reply_format == {"type": "json_object"}
+    assert ChatRequest(messages=USER, **both).reply_format == format
+    for nothing in ({}, {"disable_any_whitespace": True}, None):
+        body = CompletionRequest(prompt="a", response_format=format, structured_outputs=nothing)
+        assert body.reply_format == format
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ def checkpoint(generation_config, hf_config=None):
             {"override_generation_config": {"temperature": 0.2}},
             {"temperature": 0.2, "top_k": 20, "max_new_tokens": 9},
         ),
+        # What is laid over counts though it is what everybody's says: 50 is not what requests get otherwise.
+        ({"override_generation_config": {"top_k": 50}}, {"temperature": 0.6, "top_k": 50, "max_new_tokens": 9}),
+        ({"override_generation_config": {"max_new_tokens": None}}, {"temperature": 0.6, "top_k": 20}),
     ],
 )
 def test_the_models_values_and_what_is_laid_over_them(wishes, expected):

@@ -19,6 +19,7 @@ from openai_api.schema.sampling import SamplingFields
 from openai_api.schema.usage import bare, usage
 from runtime.beam import BeamParams
 from runtime.errors import RequestRefused
+from runtime.grammar.constraint import KINDS
 from runtime.params import SamplingParams
 from runtime.request import Prompt, RequestOutput
 
@@ -83,8 +84,8 @@ class CompletionRequest(SamplingFields):
 
     @property
     def reply_format(self) -> dict[str, Any] | None:
-        """Here structured_outputs goes before it; a chat refuses two kinds, and of one kind takes this."""
-        return self.response_format if self.structured_outputs is None else None
+        """Here a constraint in structured_outputs goes before it; a chat refuses two kinds, and of one takes this."""
+        return None if any((self.structured_outputs or {}).get(kind) for kind in KINDS) else self.response_format
 
     @property
     def hides_text(self) -> bool:
