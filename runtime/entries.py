@@ -17,14 +17,24 @@ UNFINISHED = ".unfinished"
 @contextlib.contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
     """A folder beside the entry's, locked while it is in use, and gone in the end unless it was renamed."""
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=UNFINISHED, dir=folder.parent))
-    lock = os.open(work, os.O_RDONLY)
+    work, lock = _locked_beside(folder)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
+
+
+def _locked_beside(folder):
+    """A new folder beside the entry's, and its lock. A sweep between the two takes it away: then another is made."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=UNFINISHED, dir=folder.parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(work, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if work.exists():
+                return work, lock
+            os.close(lock)
 
 
 def rename(work: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Kept weights come back as they were or not at all, and what goes wrong with them costs a start time only."""
 
+import fcntl
 import logging
 import os
 import resource
@@ -149,6 +150,28 @@ def test_what_a_killed_server_left_is_swept_and_what_another_writes_is_not(tmp_p
         keep(tmp_path / "entry", some_weights())
         assert busy.exists() and not left.exists()
     assert_same(read(tmp_path / "entry", some_weights()), some_weights())
+
+
+@pytest.mark.parametrize("before", ["open", "flock"])
+def test_a_workspace_swept_before_it_is_locked_is_made_again(before, tmp_path, monkeypatch):
+    """As by another server that starts in that very moment."""
+    module = {"open": os, "flock": fcntl}[before]
+    usual, swept = getattr(module, before), []
+
+    def sweep_first(*args, **options):
+        if not swept:
+            swept.extend(tmp_path.iterdir())
+            with monkeypatch.context() as beside:
+                beside.setattr(module, before, usual)
+                entries.sweep(tmp_path)
+        return usual(*args, **options)
+
+    monkeypatch.setattr(module, before, sweep_first)
+    with entries.workspace(tmp_path / "entry") as work:
+        assert swept and not any(path.exists() for path in swept)
+        entries.sweep(tmp_path)
+        assert work.exists()
+    assert not leftovers(tmp_path)
 
 
 def test_two_servers_at_once_do_not_hurt_each_other(tmp_path):
