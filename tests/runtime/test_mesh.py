@@ -76,6 +76,9 @@ def test_several_devices_give_the_tokens_of_one_with_rounded_weights_and_pages()
 
 def check_collectives(collectives, weights, size):
     """Two sums a layer and one for a split token table; nothing as large as a weight is ever gathered."""
+    if size == 1:
+        assert not any(collectives.values())
+        return
     layers = 3 if any("layers.2." in name for name in weights) else 2
     is_stacked = "layers.attn.o.kernel" in weights  # then the program holds one layer
     is_split = weights["embed.table"][0] != weights["embed.table"][1]
