@@ -23,6 +23,7 @@ def load_weights(
     roundings: Mapping[str, Rounding] | None = None,
     progress: Callable[[int, int], None] | None = None,
     by_slabs: bool | None = None,
+    rooms: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, jax.Array]:
     """Reads, converts and places every weight: of each tensor only what this process's devices hold of it.
 
@@ -34,7 +35,7 @@ def load_weights(
         roundings: {dtype: float32 rows -> (rows in that dtype, their scales)}, for weights "x" beside which is an
             "x_scale", and perhaps an "x_offset", which it then gives too; the rows given are used up.
         progress: called as progress(bytes done, bytes in all).
-        by_slabs: see converters.place.
+        by_slabs, rooms: see converters.place.
 
     Raises:
         ConversionError: the checkpoint does not fit the model, or a file cannot be read.
@@ -62,7 +63,8 @@ def load_weights(
         return Made((name, *beside[name]), len(common), rounded, step_bytes=16 * width)  # and what rounding makes
 
     with _named(checkpoint):
-        return place([made(name) for name in pieces], shapes, wheres, progress=progress, by_slabs=by_slabs)
+        work = [made(name) for name in pieces]
+        return place(work, shapes, wheres, progress=progress, by_slabs=by_slabs, rooms=rooms)
 
 
 def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, list[Piece]]:

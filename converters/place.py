@@ -49,6 +49,7 @@ def place(
     *,
     progress: Callable[[int, int], None] | None = None,
     by_slabs: bool | None = None,
+    rooms: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, jax.Array]:
     """All arrays of the work, in the order of `shapes`.
 
@@ -56,13 +57,14 @@ def place(
         wheres: {name: sharding, or a format: a sharding with a layout}. Only this process's parts are made.
         progress: called as progress(bytes done, bytes in all).
         by_slabs: whether large parts are written to the device a slab at a time; None: where it has memory of its own.
+        rooms: memory in which an array is made that lies whole on devices of the host; it becomes the array's own.
     """
     lock, done = threading.Lock(), 0
     total = sum(_nbytes(shapes[name].shape, shapes[name].dtype) for made in work for name in made.names)
 
     def one(made):
         nonlocal done
-        arrays = _arrays(made, shapes, wheres, by_slabs)
+        arrays = _arrays(made, shapes, wheres, by_slabs, rooms or {})
         with lock:
             done += sum(array.nbytes for array in arrays.values())
             if progress:
@@ -91,7 +93,7 @@ def part_of(where: Any, shape: Sequence[int]) -> dict[Any, Box]:
     return {device: whole(index or ()) for device, index in found.items()}
 
 
-def _arrays(made, shapes, wheres, by_slabs):
+def _arrays(made, shapes, wheres, by_slabs, rooms):
     """The arrays of one piece of work."""
     parts = {name: part_of(wheres[name], shapes[name].shape) for name in made.names}
     # Devices that hold the same of the common axes are served at once. Python 3.11 cannot hash a slice.
@@ -105,17 +107,17 @@ def _arrays(made, shapes, wheres, by_slabs):
             targets[name, key].places.append(_place_of(wheres[name], device))
     found = collections.defaultdict(list)
     for key, targets in groups.items():
-        _fill(made, tuple(slice(*ends) for ends in key), list(targets.values()), shapes, by_slabs)
+        _fill(made, tuple(slice(*ends) for ends in key), list(targets.values()), shapes, by_slabs, rooms)
         for part in targets.values():
             found[part.name] += part.buffer.arrays()
     assemble = jax.make_array_from_single_device_arrays
     return {name: assemble(shapes[name].shape, sharding_of(wheres[name]), found[name]) for name in made.names}
 
 
-def _fill(made, outer, parts, shapes, by_slabs):
+def _fill(made, outer, parts, shapes, by_slabs, rooms):
     """Makes every part that begins with the box `outer` of the common axes."""
     for part in parts:
-        part.begin(by_slabs)
+        part.begin(by_slabs, rooms.get(part.name))
     is_whole = all(part.is_on_host for part in parts) and not made.step_bytes
     per_element = made.step_bytes + sum(
         _nbytes(shapes[name].shape[made.num_axes :], shapes[name].dtype) for name in made.names
@@ -146,12 +148,16 @@ class _Part:
     places: list[Any] = dataclasses.field(default_factory=list)
     buffer: Any = None
 
-    def begin(self, by_slabs):
+    def begin(self, by_slabs, room):
         shape = tuple(stop - start for start, stop in self.ends)
         if by_slabs is None:
             by_slabs = _device(self.places[0]).platform != "cpu"
         is_large = _nbytes(shape, self.dtype) > SLAB_BYTES
-        self.buffer = (_OnDevice if by_slabs and is_large else _OnHost)(shape, self.dtype, self.places)
+        if by_slabs and is_large:
+            self.buffer = _OnDevice(shape, self.dtype, self.places)
+        else:
+            is_given = room is not None and room.shape == shape
+            self.buffer = _OnHost(room if is_given else empty(shape, self.dtype), self.places)
 
     @property
     def is_on_host(self):
@@ -161,8 +167,8 @@ class _Part:
 class _OnHost:
     """A part made on the host, then handed to its devices whole."""
 
-    def __init__(self, shape, dtype, places):
-        self.part, self.places = empty(shape, dtype), places
+    def __init__(self, part, places):
+        self.part, self.places = part, places
 
     def room(self, inside):
         return self.part[(*inside, ...)]

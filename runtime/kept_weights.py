@@ -24,12 +24,12 @@ import jax
 import numpy as np
 
 from converters.place import Made, part_of, place
-from runtime import entries
+from runtime import entries, malloc
 
 log = logging.getLogger(__name__)
 COMPLETE = "complete"
-BATCH_BYTES = 256_000_000  # of one orbax checkpoint, and so on the host at once when devices have memory of their own
-CHUNK_BYTES = 16_000_000  # of one file, which is always read whole
+BATCH_BYTES = 128_000_000  # of one orbax checkpoint, and so on the host at once when devices have memory of their own
+CHUNK_BYTES = 8_000_000  # of one file, which is always read whole
 
 
 class Damaged(ValueError):
@@ -41,10 +41,11 @@ def restore(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     wheres: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,
+    rooms: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, jax.Array] | None:
     """The weights of an entry, placed as `wheres` says; None when there is none, or none that can be trusted.
 
-    An entry that cannot be trusted is said and removed.
+    An entry that cannot be trusted is said and removed. For progress and rooms see converters.place.
     """
     if not (folder / COMPLETE).exists():
         return None
@@ -53,7 +54,7 @@ def restore(
         _compare(arrays, shapes)
         with concurrent.futures.ThreadPoolExecutor(1) as beside:
             check = beside.submit(_check_files, folder, files)
-            weights = _read(folder, arrays, shapes, wheres, progress)
+            weights = _read(folder, arrays, shapes, wheres, progress, rooms)
             check.result()
         return weights
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -103,6 +104,7 @@ def _write(work, weights, batch_bytes) -> dict[str, Any]:
                 array = weights[name]
                 entry = found.setdefault(name, {"shape": array.shape, "dtype": array.dtype.name, "parts": []})
                 entry["parts"].append([start, f"{number:04}/{name}@{start}"])
+            malloc.trim()  # each of many threads has its own, and batch by batch they would come to a few hundred MB
     return found
 
 
@@ -132,7 +134,7 @@ def _slabs(array, batch_bytes):
         yield start, array[start : start + step]
 
 
-def _read(folder, arrays, shapes, wheres, progress):
+def _read(folder, arrays, shapes, wheres, progress, rooms):
     import tensorstore as ts
 
     # Each read is of one chunk: few at once keep the host's memory small.
@@ -155,7 +157,7 @@ def _read(folder, arrays, shapes, wheres, progress):
 
         return Made((name,), len(shapes[name].shape), make)
 
-    return place([work(name) for name in shapes], shapes, wheres, progress=progress)
+    return place([work(name) for name in shapes], shapes, wheres, progress=progress, rooms=rooms)
 
 
 def _compare(arrays, shapes):

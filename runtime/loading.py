@@ -5,8 +5,6 @@ by runtime.executables, both under the cache folder and both named by what they 
 """
 
 import concurrent.futures
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import gc
@@ -25,7 +23,7 @@ import numpy as np
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.load import check_fits
 from pallas_kernels import cpu
-from runtime import agreement, executables, machine, weights
+from runtime import agreement, executables, machine, malloc, weights
 from runtime.batch import StepBuffer, StepLayout
 from runtime.buckets import Bucket, buckets_for
 from runtime.config import EngineConfig, EnginePlan
@@ -69,13 +67,6 @@ class Loaded:
     state: StepState
     new_state: Callable[[], StepState]
     seconds: dict[str, float]
-
-
-def _give_memory_back() -> None:
-    """Returns what loading and compiling left behind to the system, which glibc keeps otherwise: hundreds of MB."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not every C library has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load(
@@ -151,7 +142,8 @@ def load(
             seconds=seconds,
         )
         found.append(_timed(seconds, "warm up", _warm_up, loaded))
-    _give_memory_back()
+    gc.collect()
+    malloc.trim()
     return found
 
 

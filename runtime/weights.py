@@ -46,14 +46,15 @@ def on_devices(
         places = dict(wheres) | {name: before(wheres[name]) for name in repeated}
     step = lambda done, total: progress("weights", done, total)
     folder = cache_dir and cache_dir / "weights" / _identity(checkpoint, plan)
-    found = kept_weights.restore(folder, stored, places, step) if folder else None
+    rooms = huge_pages.rooms(stored) if plan.platform == "cpu" and tensor is None else None
+    found = kept_weights.restore(folder, stored, places, step, rooms) if folder else None
     if found is None:
-        found = load_weights(checkpoint, stored, wheres=places, roundings=ROUNDINGS, progress=step)
+        found = load_weights(checkpoint, stored, wheres=places, roundings=ROUNDINGS, progress=step, rooms=rooms)
         if folder:
             kept_weights.keep(folder, found)
     for name in repeated:
         found[name] = mesh.repeat_kv_heads(found[name], shapes[name].shape, wheres[name])
-    return huge_pages.gather(found) if plan.platform == "cpu" and tensor is None else found
+    return found
 
 
 def stored_shapes(checkpoint: Checkpoint, config: Any, plan: EnginePlan, shapes: Mapping) -> Mapping:

@@ -1,44 +1,56 @@
-"""Weights of a CPU move into large pages unchanged."""
+"""Weights of a CPU are made in large pages, which become the arrays' own memory."""
 
 import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
+from converters.place import Made, place
 from runtime import huge_pages
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+VALUES = {
+    "odd": np.arange(7, dtype=np.int8),
+    "none": np.zeros((0, 3), np.float32),
+    "one": np.float32(3.5),
+    "wide": np.arange(3 * 2**20).astype(ml_dtypes.bfloat16).reshape(3, -1),
+    "narrow": np.arange(12).astype(ml_dtypes.int4).reshape(3, 4),
+}
+SHAPES = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in VALUES.items()}
 
 
-def arrays():
-    return {
-        "odd": jnp.arange(7, dtype=jnp.int8),
-        "none": jnp.zeros((0, 3), jnp.float32),
-        "one": jnp.float32(3.5),
-        "wide": jnp.arange(3 * 2**20, dtype=jnp.float32).astype(jnp.bfloat16).reshape(3, -1),
-    }
+def placed(rooms):
+    def work(name):
+        return Made((name,), len(SHAPES[name].shape), lambda box, into: np.copyto(into[name], VALUES[name][box]))
+
+    return place([work(name) for name in SHAPES], SHAPES, dict.fromkeys(SHAPES, HERE), rooms=rooms)
 
 
-def test_arrays_keep_their_values_and_the_old_ones_are_gone():
-    before, expected = arrays(), {name: np.asarray(array) for name, array in arrays().items()}
-    after = huge_pages.gather(before)
-    assert list(after) == list(expected)
-    for name, array in after.items():
-        assert array.dtype == expected[name].dtype and array.sharding == jax.sharding.SingleDeviceSharding(
-            jax.devices()[0]
-        )
-        np.testing.assert_array_equal(array, expected[name])
-    assert all(array.is_deleted() for array in before.values())
+def assert_right(arrays):
+    assert list(arrays) == list(SHAPES)
+    for name, array in arrays.items():
+        assert array.dtype == SHAPES[name].dtype and array.sharding == HERE
+        np.testing.assert_array_equal(array, VALUES[name])
+
+
+def test_arrays_have_their_values_and_lie_where_they_were_made():
+    rooms = huge_pages.rooms(SHAPES)
+    arrays = placed(rooms)
+    assert_right(arrays)
+    for name in ("odd", "wide"):
+        assert arrays[name].unsafe_buffer_pointer() == rooms[name].ctypes.data
+    assert arrays["wide"].unsafe_buffer_pointer() - arrays["odd"].unsafe_buffer_pointer() < 4096
 
 
 @pytest.mark.skipif(
     not SETTING.exists() or "[never]" in SETTING.read_text(), reason="this system has no transparent huge pages"
 )
-def test_arrays_lie_in_large_pages_without_a_copy_of_jax():
-    wide = huge_pages.gather(arrays())["wide"]
+def test_arrays_lie_in_large_pages():
+    wide = placed(huge_pages.rooms(SHAPES))["wide"]
     address = wide.unsafe_buffer_pointer() + wide.nbytes // 2
     for entry in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         span = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", entry)
@@ -48,7 +60,7 @@ def test_arrays_lie_in_large_pages_without_a_copy_of_jax():
     raise AssertionError("the array's memory is not this process's")
 
 
-def test_a_system_without_large_pages_keeps_the_arrays(monkeypatch):
+def test_a_system_without_large_pages_makes_the_same_arrays(monkeypatch):
     monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE")
-    before = arrays()
-    assert huge_pages.gather(before) == before
+    assert not huge_pages.rooms(SHAPES)
+    assert_right(placed({}))
