@@ -13,20 +13,27 @@ INLINE_CHARS = 4096  # a shorter text is tokenised faster than a thread is reach
 SHORTEN = "Please reduce the length of the input messages."
 
 
-def too_long(limit: int, length: int, at_least: bool = False) -> RequestRefused:
+def too_long(limit: int, length: int, field: str, at_least: bool = False) -> RequestRefused:
     has = f"at least {length}" if at_least else f"{length}"
     message = f"This model's maximum context length is {limit} tokens. However, your request has {has} input tokens."
-    return RequestRefused(f"{message} {SHORTEN}", "prompt")
+    return RequestRefused(f"{message} {SHORTEN}", field)
 
 
 async def encode(
-    tokenizer: Tokenizer, text: str, *, add_special_tokens: bool, limit: int | None = None, keep: int | None = None
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    add_special_tokens: bool,
+    limit: int | None = None,
+    keep: int | None = None,
+    field: str = "prompt",
 ) -> list[int]:
     """Token ids of a text, off the event loop where it is long.
 
     Args:
         limit: the most there may be; a text that is surely longer is refused unread. None is no limit.
         keep: only the last that many are wanted, so a longer text is cut before it is read.
+        field: of the request, that the text came from.
 
     Raises:
         RequestRefused: the text is surely over the limit.
@@ -34,19 +41,19 @@ async def encode(
     if keep is not None and len(text) > (room := (keep + 16) * tokenizer.longest_piece):
         text = text[-room:]
     if limit is not None and keep is None and (fewest := tokenizer.fewest_tokens(text)) > limit:
-        raise too_long(limit, fewest, at_least=True)
+        raise too_long(limit, fewest, field, at_least=True)
     if len(text) <= INLINE_CHARS:
         return tokenizer.encode(text, add_special_tokens)
     return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
 
 
-def check_ids(token_ids: Sequence[int], vocab_size: int) -> None:
+def check_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> None:
     """Refuses ids that the model has no row for, and an empty prompt."""
     if not token_ids:
-        raise RequestRefused("The decoder prompt cannot be empty", "prompt")
+        raise RequestRefused("The decoder prompt cannot be empty", field)
     if max(token_ids) >= vocab_size or min(token_ids) < 0:
         bad = next(i for i in token_ids if not 0 <= i < vocab_size)
-        raise RequestRefused(f"Token id {bad} is out of vocabulary", "prompt")
+        raise RequestRefused(f"Token id {bad} is out of vocabulary", field)
 
 
 async def completion_prompt(engine, item: str | list[int], body, adapter: str | None = None) -> Prompt:
@@ -80,8 +87,8 @@ async def completion_prompt(engine, item: str | list[int], body, adapter: str | 
     if keep is not None:
         token_ids = token_ids[-keep:] if keep > 0 else []
     if len(token_ids) > limit or (len(token_ids) == engine.max_model_len and not body.hides_text):
-        raise too_long(limit, len(token_ids))
-    check_ids(token_ids, engine.vocab_size)
+        raise too_long(limit, len(token_ids), "prompt")
+    check_ids(token_ids, engine.vocab_size, "prompt")
     return Prompt(token_ids, text, cache_salt=body.cache_salt, adapter=adapter)
 
 
@@ -90,9 +97,10 @@ async def encode_chat(
 ) -> list[int]:
     """Token ids of a rendered chat, in which what people spell is no special token; otherwise as encode()."""
     if chat.stand_ins is None:
-        return await encode(tokenizer, chat.text, add_special_tokens=add_special_tokens, limit=limit, keep=keep)
+        limits = {"limit": limit, "keep": keep}
+        return await encode(tokenizer, chat.text, add_special_tokens=add_special_tokens, field="messages", **limits)
     if limit is not None and keep is None and (fewest := tokenizer.fewest_tokens(chat.text)) > limit:
-        raise too_long(limit, fewest, at_least=True)
+        raise too_long(limit, fewest, "messages", at_least=True)
     return await asyncio.to_thread(tokenizer.encode_spelled, chat.hidden, chat.stand_ins, add_special_tokens)
 
 
@@ -115,14 +123,14 @@ async def chat_prompt(engine, chat: Rendered, body, adapter: str | None = None, 
         token_ids = token_ids[-keep:]
     length, asked = len(token_ids), body.limit
     if length >= most:
-        raise too_long(most, length)
+        raise too_long(most, length, "messages")
     if asked is not None and length + asked > most:
         raise RequestRefused(
             f"'max_tokens' or 'max_completion_tokens' is too large: {asked}. This model's maximum context length is "
             f"{most} tokens and your request has {length} input tokens ({asked} > {most} - {length}).",
             "max_tokens",
         )
-    check_ids(token_ids, engine.vocab_size)
+    check_ids(token_ids, engine.vocab_size, "messages")
     return Prompt(token_ids, chat.text, media=media, cache_salt=body.cache_salt, adapter=adapter)
 
 

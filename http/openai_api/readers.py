@@ -65,19 +65,14 @@ class Reader:
 
 
 class Readers:
-    """Makes the readers of one request's choices.
+    """Makes the readers of one request's choices, which `check_tool_choice` has passed.
 
     Args:
         prompt: its text, which may have begun the reasoning.
-
-    Raises:
-        RequestRefused: the request leaves the choice of tools to the model, and the server was not told how it calls.
     """
 
     def __init__(self, body: ChatRequest, config: ServerConfig, prompt: str):
         self._body, self._config, self._prompt = body, config, prompt
-        if body.tool_choice == "auto" and not (config.enable_auto_tool_choice and config.tool_call_parser):
-            raise RequestRefused(NEEDS_FLAGS, "tool_choice")
         self._tools = body.tool_dicts
         self._reasoning_name = reasoning_name(config)
         self._new_id = self._numbering()
@@ -107,6 +102,16 @@ class Readers:
         if self._config.tool_call_parser == "kimi_k2":
             return tools.kimi_id(sum(len(message.tool_calls or ()) for message in self._body.messages))
         return tools.mistral_id if self._config.tool_call_parser == "mistral" else None
+
+
+def check_tool_choice(body: ChatRequest, config: ServerConfig) -> None:
+    """Refuses to leave the choice of tools to the model where the server was not told how it calls.
+
+    Raises:
+        RequestRefused: the flags that it takes are not set.
+    """
+    if body.tool_choice == "auto" and not (config.enable_auto_tool_choice and config.tool_call_parser):
+        raise RequestRefused(NEEDS_FLAGS, "tool_choice")
 
 
 def reasoning_name(config: ServerConfig) -> str | None:

@@ -237,6 +237,24 @@ def test_constraints_are_compiled_before_the_engine_sees_them(serve, fields, kin
     assert kind is None or source in compiler.seen[0].source
 
 
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"temperature": -1, "guided_regex": "a"}, "temperature"),
+        ({"temperature": -1, "chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"tools": [WEATHER], "chat_template": "{{ 1 }}"}, "tool_choice"),
+        ({"tools": [WEATHER], "n": 1000}, "n"),
+        ({"tools": [WEATHER], "n": 1000, "model": "huge"}, "model"),
+        ({"model": "huge", "structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ],
+)
+def test_the_first_of_two_faults_is_told_and_nothing_is_compiled_for_it(serve, fields, param):
+    server = serve()
+    server.engine.compiler = compiler = FakeCompiler()
+    error = server.post(PATH, {"messages": USER} | fields).json()["error"]
+    assert error["param"] == param and not compiler.seen
+
+
 def test_whitespace_can_be_forbidden_for_all(serve):
     server = serve(config={"structured_outputs_config": {"disable_any_whitespace": True}})
     server.engine.compiler = compiler = FakeCompiler()

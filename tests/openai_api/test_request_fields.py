@@ -107,7 +107,7 @@ def test_of_tokens_that_read_alike_the_likeliest_is_shown():
 def test_beam_search_takes_its_own_fields(model, start):
     fields = {"n": 3, "length_penalty": 0.5, "ignore_eos": True, "include_stop_str_in_output": True, "priority": 4}
     fields |= {"skip_special_tokens": False}
-    params = model(**start, use_beam_search=True, **fields).params({}, 7, None)
+    params = model(**start, use_beam_search=True, **fields).params({}, 7)
     assert {name: getattr(params, name) for name in fields} == fields and params.max_tokens == 7
 
 

@@ -197,7 +197,7 @@ OF_CHAT = [
         "function.arguments must be JSON",
         TOOL_CALL,
     ),
-    ({"messages": [{"role": "user", "content": "a b " * 400}]}, HANDLER, "context length is 512 tokens.", "prompt"),
+    ({"messages": [{"role": "user", "content": "a b " * 400}]}, HANDLER, "context length is 512 tokens.", "messages"),
     ({"max_tokens": 510}, HANDLER, "'max_tokens' or 'max_completion_tokens' is too large: 510.", "max_tokens"),
     ({"max_completion_tokens": 510}, HANDLER, "'max_completion_tokens' is too large: 510.", "max_tokens"),
     ({"truncate_prompt_tokens": 0}, HANDLER, "must be an integer >= 1 or -1, got 0", "truncate_prompt_tokens"),

@@ -1,5 +1,7 @@
 """POST /v1/chat/completions"""
 
+import dataclasses
+
 from sanic import Blueprint, Request
 
 from openai_api import generation, request_log
@@ -8,7 +10,7 @@ from openai_api.constraints import constraint_of
 from openai_api.gate import counted, request_id
 from openai_api.operations import operation
 from openai_api.prompts import chat_prompt, room_for
-from openai_api.readers import Readers
+from openai_api.readers import Readers, check_tool_choice
 from openai_api.respond import stream, whole
 from openai_api.schema.answers import ChatCompletion, ChatCompletionChunk
 from openai_api.schema.chat import ChatRequest
@@ -30,15 +32,18 @@ async def answer(request: Request, body: ChatRequest):
     engine, config = context.engine, context.config
     model, adapter = context.models.find(body.model)
     body.check_supported(config.limits)
+    check_tool_choice(body, config)
     hides_tools = body.tool_choice == "none" and config.exclude_tools_when_tool_choice_none
     rendered = await context.chat.render(body, with_tools=not hides_tools)
     prompt = await chat_prompt(engine, rendered, body, adapter)
     readers = Readers(body, config, rendered.text)
+    room = room_for(engine, prompt, body.limit)
+    params = body.params(engine.default_sampling, room, show_special_tokens=readers.needs_special_tokens)
     constraint = await constraint_of(
         engine, config, body, tool_schema=readers.tool_schema(), starts_after=readers.starts_after
     )
-    room = room_for(engine, prompt, body.limit)
-    params = body.params(engine.default_sampling, room, constraint, show_special_tokens=readers.needs_special_tokens)
+    if constraint is not None:
+        params = dataclasses.replace(params, constraint=constraint)
     id = request_id(request, "chatcmpl-", body.request_id)
     role = config.response_role if body.add_generation_prompt else body.messages[-1].role
     format = ChatFormat(

@@ -1,5 +1,7 @@
 """POST /v1/completions"""
 
+import dataclasses
+
 from sanic import Blueprint, Request
 
 from openai_api import generation, request_log
@@ -30,11 +32,11 @@ async def answer(request: Request, body: CompletionRequest):
     body.check_supported(config.limits)
     items = [] if body.truncate_prompt_tokens == 0 else body.items  # nothing is left of any prompt
     prompts = [await completion_prompt(engine, item, body, adapter) for item in items]
+    rooms = [room_for(engine, prompt, body.max_tokens) for prompt in prompts]
+    params = [body.params(engine.default_sampling, room) for room in rooms]
     constraint = await constraint_of(engine, config, body)
-    params = [
-        body.params(engine.default_sampling, room_for(engine, prompt, body.max_tokens), constraint)
-        for prompt in prompts
-    ]
+    if constraint is not None:
+        params = [dataclasses.replace(one, constraint=constraint) for one in params]
     id = request_id(request, "cmpl-", body.request_id)
     format = CompletionFormat(body, config, engine.tokenizer, prompts, model, id)
     work = generation.Work(id, prompts, params, body.priority)

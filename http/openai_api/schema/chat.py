@@ -192,13 +192,11 @@ class ChatRequest(SamplingFields, ChatFields):
         super().check_supported(limits)
         self.check_sizes(limits)
 
-    def params(
-        self, defaults: dict, room: int, constraint: Any, show_special_tokens: bool = False
-    ) -> SamplingParams | BeamParams:
+    def params(self, defaults: dict, room: int, show_special_tokens: bool = False) -> SamplingParams | BeamParams:
         """For a prompt that leaves `room` tokens; some parsers look for special tokens in the text."""
         if self.use_beam_search:
             return self.beams(room)
-        settled: dict[str, Any] = {"max_tokens": room, "constraint": constraint, "bad_words": self.bad_words}
+        settled: dict[str, Any] = {"max_tokens": room, "bad_words": self.bad_words}
         settled["logprobs"] = self.top_logprobs if self.logprobs else None
         if show_special_tokens:
             settled["skip_special_tokens"] = False

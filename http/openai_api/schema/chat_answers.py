@@ -44,10 +44,9 @@ class Choice:
             self._num_calls -= isinstance(event, CallBroken)
         self.reasoning += [event.text for event in events if isinstance(event, Reasoning)]
         self.events += [event for event in events if not isinstance(event, Reasoning)]
-        if output.finish_reason is not None:
-            is_cut = output.finish_reason != "stop" and (output.finish_reason != "length" or self.reader.is_broken)
-            made_calls = self._num_calls > 0 and not is_cut
-            self.finish_reason = "tool_calls" if made_calls else output.finish_reason
+        if (reason := output.finish_reason) is not None:
+            are_whole = reason == "stop" or (reason == "length" and not self.reader.is_broken)
+            self.finish_reason = "tool_calls" if self._num_calls and are_whole else reason
             self.stop_reason = output.stop_reason
         return events
 

@@ -106,11 +106,11 @@ class CompletionRequest(SamplingFields):
         if len(items) * (self.n or 1) > limits.max_choices:
             raise RequestRefused(f"prompts times n may be {limits.max_choices:,}; send fewer at once", "n")
 
-    def params(self, defaults: dict, room: int, constraint: Any) -> SamplingParams | BeamParams:
+    def params(self, defaults: dict, room: int) -> SamplingParams | BeamParams:
         """For a prompt that leaves `room` tokens."""
         if self.use_beam_search:
             return self.beams(room)
-        settled: dict[str, Any] = {"max_tokens": room, "logprobs": self.logprobs, "constraint": constraint}
+        settled: dict[str, Any] = {"max_tokens": room, "logprobs": self.logprobs}
         if self.hides_text:
             settled["max_tokens"] = 1
         if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
