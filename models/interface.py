@@ -52,10 +52,11 @@ class Graph:
 
     graphdef: nnx.GraphDef
     paths: tuple[tuple[str, tuple], ...]  # (dotted name, where nnx keeps it)
+    in_panels: frozenset[str]  # names of the weights that are expected as `pallas_kernels.panels` packs them
 
 
 def abstract(
-    model_class, config, dtype, stacked: bool = False, *, quantization: str | None = None
+    model_class, config, dtype, stacked: bool = False, *, quantization: str | None = None, in_panels: bool = False
 ) -> tuple[Graph, dict[str, jax.ShapeDtypeStruct]]:
     """The model as shapes: no weight is allocated.
 
@@ -64,13 +65,16 @@ def abstract(
         stacked: fold each Stack's layers into `[L, ...]` weights.
         quantization: "int8" or "int4": beside the integers "x.kernel" stands "x.kernel_scale", and for int4
             "x.kernel_offset".
+        in_panels: expect weights in panels where this machine multiplies them faster; for one CPU, not stacked.
 
     Returns:
         the graph for `bind`, and {name: shape and dtype} of every weight.
     """
-    graphdef, state = nnx.split(_shapes(model_class, config, stacked, quantization))
+    model = _shapes(model_class, config, stacked, quantization)
+    packed = _put_in_panels(model, dtype) if in_panels else frozenset()
+    graphdef, state = nnx.split(model)
     flat = [(path, leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]
-    graph = Graph(graphdef, tuple((_name(path), path) for path, _ in flat))
+    graph = Graph(graphdef, tuple((_name(path), path) for path, _ in flat), packed)
     shapes = {_name(path): jax.ShapeDtypeStruct(leaf.shape, dtype) for path, leaf in flat}
     integers = [_name(path) for path, leaf in flat if leaf.dtype in (jnp.int8, jnp.int4)]
     kept = {f"{name}{suffix}" for name in integers for suffix in ("", "_scale", "_offset")}
@@ -109,6 +113,18 @@ def _shapes(model_class, config, stacked, quantization):
             if isinstance(module, Stack):
                 module.fold()
     return model
+
+
+def _put_in_panels(model, dtype) -> frozenset[str]:
+    """Makes a model of shapes expect weights in panels; gives their names. What is no integer is held in dtype."""
+    names = set()
+    for path, module in list(nnx.iter_modules(model)):
+        if isinstance(module, Linear | Embedding):
+            attribute = "kernel" if isinstance(module, Linear) else "table"
+            held = getattr(module, attribute).get_value().dtype
+            if module.put_in_panels(held if held in (jnp.int8, jnp.int4) else dtype):
+                names.add(_name((*path, attribute)))
+    return frozenset(names)
 
 
 def _name(path) -> str:

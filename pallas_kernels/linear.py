@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import cpu
+from pallas_kernels import cpu, panels
 from pallas_kernels.platform import current_platform
 
 MATRIX_UNIT_ROWS = 32  # a guess: no machine with AMX was at hand to measure
@@ -42,6 +42,7 @@ def linear(
     bias=None,
     activation=None,
     out_dtype=None,
+    in_panels=False,
     implementation=None,
 ):
     """Multiplies each token by the kernel, accumulating in float32.
@@ -62,6 +63,7 @@ def linear(
         bias: `[O]`, or `[2, O]` for a kernel of two halves.
         activation: a name in ACTIVATIONS.
         out_dtype: dtype of the result; x's when None.
+        in_panels: the kernel's bytes stand as `panels.pack` puts them.
         implementation: a name in IMPLEMENTATIONS, or None for the fastest here.
 
     Returns:
@@ -87,7 +89,12 @@ def linear(
         raise ValueError(f"unknown activation {activation!r}; choose one of {sorted(filter(None, ACTIVATIONS))}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
-    run = IMPLEMENTATIONS[implementation or _fastest(x_TI, kernel, kernel_scale)]
+    implementation = implementation or _fastest(x_TI, kernel, kernel_scale, in_panels)
+    run = IMPLEMENTATIONS[implementation]
+    if in_panels and run is _cpu:
+        run = functools.partial(run, in_panels=True)
+    elif in_panels:
+        kernel = panels.unpack(kernel)
     return run(
         x_TI,
         kernel,
@@ -172,7 +179,7 @@ def _dot(x_TI, kernel_OI, sums):
     return jax.lax.dot_general(x_TI, kernel_OI, (((1,), (1,)), ((), ())), preferred_element_type=sums)[:T]
 
 
-def _cpu(x_TI, kernel, num_tokens, **options):
+def _cpu(x_TI, kernel, num_tokens, in_panels=False, **options):
     if kernel.dtype == jnp.int4:
         from pallas_kernels.cpu import grouped
 
@@ -182,7 +189,9 @@ def _cpu(x_TI, kernel, num_tokens, **options):
     from pallas_kernels.cpu import matmul
 
     options.pop("kernel_offset")  # only int4 kernels have one
-    return matmul.linear(x_TI, kernel, num_tokens, num_threads=cpu.register().num_threads, **options)
+    return matmul.linear(
+        x_TI, kernel, num_tokens, num_threads=cpu.register().num_threads, in_panels=in_panels, **options
+    )
 
 
 def _tpu(x_TI, kernel, num_tokens, **options):
@@ -191,7 +200,7 @@ def _tpu(x_TI, kernel, num_tokens, **options):
     return reference(x_TI, kernel, num_tokens, multiply_int4=int4_matmul.multiply, **options)
 
 
-def _fastest(x_TI, kernel, kernel_scale) -> str:
+def _fastest(x_TI, kernel, kernel_scale, in_panels) -> str:
     if current_platform() == "tpu" and kernel.dtype == jnp.int4:
         from pallas_kernels import int4_matmul
 
@@ -206,7 +215,7 @@ def _fastest(x_TI, kernel, kernel_scale) -> str:
     from pallas_kernels.cpu import matmul
 
     # Matrix units multiply bfloat16 far faster than float32 lanes, once there are rows to fill them.
-    if kernel.dtype == jnp.bfloat16 and x_TI.shape[0] >= MATRIX_UNIT_ROWS and cpu.has_matrix_units():
+    if not in_panels and kernel.dtype == jnp.bfloat16 and x_TI.shape[0] >= MATRIX_UNIT_ROWS and cpu.has_matrix_units():
         return "reference"
     return "cpu" if matmul.supports(x_TI, kernel) else "reference"
 

@@ -107,7 +107,9 @@ def load(
             ", ".join(f"{name} {value}" for name, value in defaults.items()),
         )
     everywhere = Layout.together([prepared.layout for prepared in replicas])
-    place = functools.partial(weights.on_devices, checkpoint, layout.config, everywhere.tensor, shapes)
+    place = functools.partial(
+        weights.on_devices, checkpoint, layout.config, everywhere.tensor, shapes, replicas[0].in_panels
+    )
     # Reading and hashing hold no lock of Python's, so the steps are made meanwhile.
     with concurrent.futures.ThreadPoolExecutor(1, "weights") as beside:
         placing = beside.submit(place, everywhere.shardings(shapes), plan, cache_dir, progress)

@@ -34,6 +34,7 @@ class Prepared:
 
     Attributes:
         shapes: {name: shape and dtype} of every weight, whole.
+        in_panels: names of the weights that the programs expect in panels.
         caches: of each array of pages, whole.
         programs: {key: Program} of all that will ever run: a Bucket's step, "load_history", "load_tables", "new_state".
         facts: {name: text} of what the programs depend on, beside the compiler and the devices.
@@ -44,6 +45,7 @@ class Prepared:
     plan: EnginePlan
     layout: "Layout"
     shapes: dict[str, jax.ShapeDtypeStruct]
+    in_panels: frozenset[str]
     caches: list[jax.ShapeDtypeStruct]
     programs: dict[Any, Program]
     facts: dict[str, str]
@@ -61,7 +63,14 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
     sizes = config.tensor_parallel_size, config.data_parallel_size
     devices = mesh.replica_devices(checkpoint.config, machine, *sizes, method)[replica]
     layout = Layout.of(checkpoint, stacked, method, devices)
-    graph, shapes = abstract(checkpoint.model_class, layout.config, jnp.dtype(dtype), stacked, quantization=method)
+    graph, shapes = abstract(
+        checkpoint.model_class,
+        layout.config,
+        jnp.dtype(dtype),
+        stacked,
+        quantization=method,
+        in_panels=platform == "cpu" and not stacked and sizes == (1, 1),
+    )
     kv_dtype = kv_dtype_for(config, platform, dtype)
     specs = bind(graph, shapes).cache_specs()
     memory = machine.memory
@@ -82,7 +91,8 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
     caches = cache_shapes(specs, plan)
     programs = programs_for(graph, shapes, plan, caches, layout)
     facts = {"model": f"{checkpoint.model_class.__qualname__} {layout.config}"} | plan.compiled_fields
-    return Prepared(machine, checkpoint, plan, layout, shapes, caches, programs, facts)
+    facts["in panels"] = ",".join(sorted(graph.in_panels))
+    return Prepared(machine, checkpoint, plan, layout, shapes, graph.in_panels, caches, programs, facts)
 
 
 def _with_attention(plan: EnginePlan, machine: Machine, num_heads: int, specs) -> EnginePlan:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from converters.checkpoint import Checkpoint
 from converters.load import load_weights
 from models.interface import abstract
+from pallas_kernels import panels
 from runtime import huge_pages, kept_weights, mesh
 from runtime.config import EnginePlan
 from runtime.quantise import ROUNDINGS
@@ -25,6 +26,7 @@ def on_devices(
     config: Any,
     tensor: mesh.Tensor | None,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
+    in_panels: frozenset[str],
     wheres: Mapping[str, Any],
     plan: EnginePlan,
     cache_dir: Path | None,
@@ -37,6 +39,7 @@ def on_devices(
     Args:
         config: the model's as the devices want it: with kv heads repeated where there are fewer than devices.
         tensor: the mesh; None for one device.
+        in_panels: names of those that a CPU wants in panels.
         wheres: {name: sharding or format}.
     """
     stored, places = stored_shapes(checkpoint, config, plan, shapes), wheres
@@ -54,7 +57,17 @@ def on_devices(
             kept_weights.keep(folder, found)
     for name in repeated:
         found[name] = mesh.repeat_kv_heads(found[name], shapes[name].shape, wheres[name])
+    for name in in_panels:
+        found[name] = _in_panels(found[name], (rooms or {}).get(name))
     return found
+
+
+def _in_panels(array, room):
+    """A CPU's weight in panels; where it stands when there is a room for it, which is where it lies."""
+    if room is None:
+        return panels.pack(array)
+    panels.pack_in_place(room)
+    return jax.device_put(room, array.sharding, may_alias=True)
 
 
 def stored_shapes(checkpoint: Checkpoint, config: Any, plan: EnginePlan, shapes: Mapping) -> Mapping:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from models import parallel
 from models.layers.linear import int8_form
+from pallas_kernels import panels
 from pallas_kernels.linear import linear
 
 
@@ -17,10 +18,17 @@ class Embedding(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.table = nnx.Param(init(rngs.params(), (vocab_size, size), jnp.float32), axes=("vocab", "hidden"))
         self.table_scale = nnx.data(None)
+        self.in_panels = False
 
     def quantise(self, method: str):
         """Turns a table of shapes into its int8 form, in place, whatever the method: a scale for each token."""
         self.table_scale = int8_form(self.table)
+
+    def put_in_panels(self, dtype) -> bool:
+        """Makes a table of shapes expect its vectors, of this dtype, in panels where that is faster; whether it is."""
+        num_tokens, size = self.table.get_value().shape
+        self.in_panels = panels.suits(num_tokens, size, dtype)
+        return self.in_panels
 
     def __call__(self, token_ids_T, dtype=None):
         """`[T, D]` in dtype, or the table's own."""
@@ -29,7 +37,7 @@ class Embedding(nnx.Module):
             rows_T = token_ids_T - parallel.place(split) * len(table_VD)
             mine_T = (rows_T >= 0) & (rows_T < len(table_VD))
             token_ids_T = jnp.where(mine_T, rows_T, 0)
-        x_TD = table_VD[token_ids_T]
+        x_TD = panels.rows(table_VD, token_ids_T) if self.in_panels else table_VD[token_ids_T]
         if self.table_scale is not None:
             x_TD = x_TD.astype(jnp.float32) * self.table_scale[...][token_ids_T][:, None]
         if split is not None:  # the other devices add zeros
@@ -39,4 +47,5 @@ class Embedding(nnx.Module):
     def scores(self, hidden_SD, num_rows=None):
         """float32[S, V]: how well each token's vector fits, for models whose output head is this table."""
         scale_V = None if self.table_scale is None else self.table_scale[...]
-        return linear(hidden_SD, self.table[...], num_rows, kernel_scale=scale_V, out_dtype=jnp.float32)
+        options = {"kernel_scale": scale_V, "out_dtype": jnp.float32, "in_panels": self.in_panels}
+        return linear(hidden_SD, self.table[...], num_rows, **options)

@@ -4,11 +4,14 @@ Dimension key
     T  tokens in the step     I  inputs     O  outputs
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from models import parallel
+from pallas_kernels import panels
 from pallas_kernels.linear import linear
 
 GROUP_SIZES = (32, 16)  # the first that divides a layer's inputs
@@ -30,6 +33,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (*out, num_in), jnp.float32), axes=axes)
         self.bias = nnx.Param(jnp.zeros(out, jnp.float32), axes=axes[:-1]) if bias else None
         self.kernel_scale, self.kernel_offset = nnx.data(None), nnx.data(None)
+        self.in_panels = False
 
     def quantise(self, method: str):
         """Turns a layer of shapes into its int8 or int4 form, in place; scores of a vocabulary stay int8."""
@@ -37,6 +41,12 @@ class Linear(nnx.Module):
             self.kernel_scale, self.kernel_offset = int4_form(self.kernel)
         else:
             self.kernel_scale = int8_form(self.kernel)
+
+    def put_in_panels(self, dtype) -> bool:
+        """Makes a layer of shapes expect its kernel, of this dtype, in panels where that is faster; whether it is."""
+        *out, num_in = self.kernel.get_value().shape
+        self.in_panels = panels.suits(math.prod(out), num_in, dtype)
+        return self.in_panels
 
     def __call__(self, x_TI, num_tokens=None, *, norm=None, residual=None, activation=None, out_dtype=None):
         """residual + activation(norm(x) times kernel + bias), in one pass over the weights; what is None is left out.
@@ -71,6 +81,7 @@ class Linear(nnx.Module):
             bias=bias,
             activation=activation,
             out_dtype=out_dtype,
+            in_panels=self.in_panels,
         )
         return y_TO.reshape(-1, *out)
 

@@ -252,17 +252,29 @@ def _locate_keys(job, row, start, oldest, end, zeros, places):
 
 
 @_compiled
-def _widen_keys(job, head, places, following, keys, k_HU, v_UH):
+def _locate_first_keys(job, task, zeros, places):
+    """The same for the first block of a task that is a whole row."""
+    row = _find_task(job, task)
+    length, end = _query_length(job, row), v.load_i32(v.load_i64(job + KV_LENS) + 4 * row)
+    oldest = max(0, end - v.load_i64(job + WINDOW))
+    if _is_joint(job, length):
+        _locate_keys(job, row, oldest // BLOCK * BLOCK, oldest, end, zeros, places)
+
+
+@_compiled
+def _widen_keys(job, head, places, following, keys, k_HU, v_UH, first, turn, turns):
     """One head's keys transposed to [H, BLOCK] and its values to [BLOCK, H]: float32, or pairs of bfloat16.
 
-    Meanwhile the following block is fetched, a little at a time: all at once would stall.
+    Meanwhile the following block is fetched, a little at a time: all at once would stall. `head` is the turn-th of
+    `turns` heads from `first` on.
     """
     size, dtype = v.load_i64(job + H), v.load_i64(job + CACHE_DTYPE)
     itemsize = _itemsize(job)
     half = size * itemsize
     key = 2 * head * half  # bytes into a token
     if _in_pairs(job):
-        pairs.unpack(places, following, key, size, keys, BLOCK, k_HU, v_UH)
+        ahead = 2 * first * half, 2 * turns * half
+        pairs.unpack(places, following, key, size, keys, BLOCK, k_HU, v_UH, ahead[0], ahead[1], turn, turns)
         return
     for u in range(0, keys, 8):
         for h in range(0, size, 8):
@@ -350,7 +362,8 @@ def _soften(job, scores, columns, first, limit, peak, out):
 
 @_compiled
 def _attend(job, chunk, thread):
-    task = v.load_i64(job + TASKS) - 1 - chunk  # the last tiles of a prompt see most keys: they go first
+    last = v.load_i64(job + TASKS) - 1
+    task, upcoming = last - chunk, last - chunk - threads.ahead(thread)  # the last tiles of a prompt see most: first
     row = _find_task(job, task)
     within = task - v.load_i32(v.load_i64(job + STARTS) + 4 * row)
     groups, size, length = v.load_i64(job + G), v.load_i64(job + H), _query_length(job, row)
@@ -384,14 +397,19 @@ def _attend(job, chunk, thread):
         _start_softmax(job, head + k, rows, peaks + 8 * k * rows, out + 4 * k * rows * size)
 
     while start < end:
-        _locate_keys(job, row, start + BLOCK, oldest, end, zeros, other)
+        if start + BLOCK < end or not 0 <= upcoming <= last:
+            _locate_keys(job, row, start + BLOCK, oldest, end, zeros, other)
+        else:
+            _locate_first_keys(job, upcoming, zeros, other)
         columns = (min(BLOCK, end - start) + v.LANES - 1) // v.LANES * v.LANES
         for k in range(heads):
-            _widen_keys(job, head + k, places, other, columns, keys_HU, values_UH)
-            mine = k * rows
+            _widen_keys(job, head + k, places, other, columns, keys_HU, values_UH, head, k, heads)
+            mine, ahead, fetched = k * rows, 4 * head * size, pairs.FETCHED
             if paired:
                 mine_q, count = q + 4 * mine * size, size // 2
                 outer.pairs(rows, mine_q, 2 * size, keys_HU, 4 * BLOCK, count, columns, scores, 4 * BLOCK, 0)
+                pairs.fetch(other, ahead, 4 * heads * size, BLOCK, k, heads, fetched, fetched + 4)
+                fetched += 4
             else:
                 mine_q = q + 4 * mine * size
                 outer.floats(rows, mine_q, 4 * size, keys_HU, 4 * BLOCK, size, columns, scores, 4 * BLOCK, 0)
@@ -399,9 +417,14 @@ def _attend(job, chunk, thread):
                 seen = position + i // groups + 1 - start
                 unseen, line = max(0, seen - window), out + 4 * (mine + i) * size
                 _soften(job, scores + 4 * BLOCK * i, columns, unseen, seen, peaks + 8 * (mine + i), line)
+                if paired:
+                    until = BLOCK - 4 - (BLOCK - 8 - pairs.FETCHED) * (rows - 1 - i) // rows
+                    pairs.fetch(other, ahead, 4 * heads * size, BLOCK, k, heads, fetched, until)
+                    fetched = until
             line = out + 4 * mine * size
             if paired:
                 outer.pairs(rows, scores, 4 * BLOCK, values_UH, 4 * size, columns // 2, size, line, 4 * size, 1)
+                pairs.fetch(other, ahead, 4 * heads * size, BLOCK, k, heads, fetched, BLOCK)
             else:
                 outer.floats(rows, scores, 4 * BLOCK, values_UH, 4 * size, columns, size, line, 4 * size, 1)
         start += BLOCK

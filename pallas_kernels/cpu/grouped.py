@@ -60,7 +60,7 @@ def _tile(rows, outs):
         )  # fmt: skip
         zero, following = v.constant(VF32, 0.0), b.add(w_rows[-1], w_stride)
 
-        @tiles._loop(b, groups, [zero] * (rows * outs), 1)
+        @tiles.loop(b, groups, [zero] * (rows * outs), 1)
         def sums(group, state):
             part, total = [zero] * (rows * outs), [zero] * rows
             first = b.mul(group, ir.Constant(I64, GROUP // RUN))

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numba
 import numpy as np
 
-from pallas_kernels.cpu import arrays, ffi, threads, tiles
+from pallas_kernels.cpu import arrays, ffi, panels, threads, tiles
 from pallas_kernels.cpu import vectors as v
 from pallas_kernels.cpu.ffi import BF16, S8
+from pallas_kernels.panels import OUTS
 
-TARGET, CHUNK = "jax_serving_cpu_linear_2", "jax_serving_cpu_linear_chunk_2"
+TARGET, CHUNK = "jax_serving_cpu_linear_3", "jax_serving_cpu_linear_chunk_3"
 BLOCK_BYTES = 65536  # of weights a chunk: what the second-level cache holds beside the tokens
 STREAM_BYTES = 262144  # the same for tokens that fit one tile: weights then pass by once
 PANEL_BYTES = 196608  # of widened tokens a block
@@ -34,9 +35,9 @@ SILU, GELU_TANH, RELU = 1, 2, 3
 (
     X, X_DTYPE, KERNEL, KERNEL_DTYPE, SCALE, SCALE_DTYPE, NORM, NORM_DTYPE, RESIDUAL, RESIDUAL_DTYPE,
     BIAS, BIAS_DTYPE, Y, Y_DTYPE, TOKENS, INPUTS, OUTPUTS, GATED, ACTIVATION,
-    BLOCK_ROWS, BLOCK_OUTS, NUM_BLOCK_OUTS, SCRATCH, SCRATCH_STRIDE,
-) = range(0, 8 * 24, 8)  # fmt: skip
-EPS, NORM_OFFSET = 8 * 24, 8 * 25
+    BLOCK_ROWS, BLOCK_OUTS, NUM_BLOCK_OUTS, PANELS, SCRATCH, SCRATCH_STRIDE,
+) = range(0, 8 * 25, 8)  # fmt: skip
+EPS, NORM_OFFSET = 8 * 25, 8 * 26
 HEAD_WORDS = 64  # float32 words of scratch before the threads' own: the job
 THREAD_WORDS = 16  # words at the head of a thread's scratch: the block of tokens it holds
 
@@ -214,7 +215,7 @@ def _finish(job, y, o, out, row_scale, one):
     """From sums at address y to the outputs at element `out` of the result; `o` is the output's number."""
     value = _activate(v.load_i64(job + ACTIVATION), _total(job, y, o, row_scale, one))
     if v.load_i64(job + GATED):
-        up = y + 4 * v.load_i64(job + BLOCK_OUTS)
+        up = y + 4 * (OUTS if v.load_i64(job + PANELS) else v.load_i64(job + BLOCK_OUTS))
         value = v.mul(value, _total(job, up, o + v.load_i64(job + OUTPUTS), row_scale, one))
     residual = v.load_i64(job + RESIDUAL)
     if residual:
@@ -244,6 +245,9 @@ def _chunk(job, chunk, thread):
         _prepare(job, token, rows, panel, scales)
         v.store_i64(own, block)
 
+    if v.load_i64(job + PANELS):
+        _multiply_panels(job, token, rows, o, outs, panel, scales, sums, threads.ahead(thread) < 0)
+        return 0
     itemsize, x_itemsize = arrays.itemsize(dtype), _token_bytes(dtype)
     x_stride, w_stride, y_stride = x_itemsize * inputs, itemsize * inputs, 4 * block_outs * (1 + gated)
     kernel = v.load_i64(job + KERNEL) + o * w_stride
@@ -273,6 +277,32 @@ def _chunk(job, chunk, thread):
 
 
 @_compiled
+def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
+    """A chunk of a kernel in panels: outputs [o, o + outs) of tokens [token, token + rows), prepared at `panel`."""
+    inputs, outputs, gated = v.load_i64(job + INPUTS), v.load_i64(job + OUTPUTS), v.load_i64(job + GATED)
+    dtype = v.load_i64(job + KERNEL_DTYPE)
+    stride, y_stride = arrays.itemsize(dtype) * inputs, 4 * OUTS * (1 + gated)
+    num_tiles = panels.num_tiles(rows)
+    for i in range(0, outs, OUTS):
+        first = o + (outs - OUTS - i if backwards else i)
+        kernel = v.load_i64(job + KERNEL) + first * stride
+        for k in range(0, stride, panels.DEPTH_BYTES):
+            count = min(panels.DEPTH_BYTES, stride - k)
+            for half in range(1 + gated):
+                w = kernel + half * outputs * stride + k * OUTS
+                # Tokens of many tiles pass by each panel many times: meanwhile comes the next.
+                fetch, fetch_step = w + count * OUTS, 4 * OUTS // num_tiles
+                if backwards and k + count == stride:
+                    fetch = w - k * OUTS - stride * OUTS
+                x, y, more = panel + k, sums + 4 * OUTS * half, min(k, 1)
+                panels.multiply(dtype, rows, x, stride, w, count, y, y_stride, more, fetch, fetch_step)
+        for m in range(rows):
+            y, out, row_scale = sums + m * y_stride, (token + m) * outputs + first, v.load_f32(scales + 4 * m)
+            for i in range(0, OUTS, v.LANES):
+                _finish(job, y + 4 * i, first + i, out + i, row_scale, False)
+
+
+@_compiled
 def _panel_bytes(itemsize, rows, inputs):
     """Room for a block of tokens, and for a line of float32 where they have fewer bits."""
     return (itemsize * rows + (4 if itemsize < 4 else 0)) * inputs
@@ -296,6 +326,7 @@ def _start(frame):
     tokens = min(v.load_i32(ffi.data(ffi.argument(frame, 6))), ffi.dim(y, 0))
     activation, gated, max_threads = ffi.int_in(frame, INTS, 0), ffi.int_in(frame, INTS, 1), ffi.int_in(frame, INTS, 2)
     block_rows, block_outs = ffi.int_in(frame, INTS, 3), ffi.int_in(frame, INTS, 4)
+    v.store_i64(job + PANELS, ffi.int_in(frame, INTS, 5))
     outputs = ffi.dim(y, 1)
     num_block_outs = (outputs + block_outs - 1) // block_outs
     v.store_i64(job + TOKENS, tokens)
@@ -338,15 +369,22 @@ def supports(x_TI, kernel) -> bool:
     return known and x_TI.dtype in floats
 
 
+def multiplies_panels(num_in: int, dtype) -> bool:
+    """Whether there are instructions for kernels of this dtype in panels."""
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return PAIRS and num_in % 32 == 0
+    return jnp.dtype(dtype) == jnp.int8 and BYTES and num_in % 64 == 0
+
+
 def linear(
     x_TI, kernel, num_tokens, *, kernel_scale, norm_I, norm_eps, norm_offset, residual_TO, bias, activation,
-    out_dtype, num_threads,
+    out_dtype, num_threads, in_panels,
 ):  # fmt: skip
     """See `pallas_kernels.linear.linear`; num_threads is the most that may work on it."""
     T, I = x_TI.shape
     O, gated = kernel.shape[-2], kernel.ndim - 2
     absent = jnp.zeros((0,), jnp.float32)
-    block_rows, block_outs = _blocks(T, I, O, gated, kernel.dtype.itemsize)
+    block_rows, block_outs = (_blocks_of_panels if in_panels else _blocks)(T, I, O, gated, kernel.dtype.itemsize)
     token_bytes = _token_bytes.py_func({jnp.int8: S8, jnp.bfloat16: BF16}.get(kernel.dtype.type))
     panel_words = _panel_bytes.py_func(token_bytes, block_rows, I) // 4
     words = THREAD_WORDS + _round_up(block_rows, 16) + panel_words + block_rows * block_outs * (1 + gated)
@@ -362,7 +400,7 @@ def linear(
         *(absent if array is None else array for array in (kernel_scale, norm_I, residual_TO, bias)),
         jnp.int32(T) if num_tokens is None else num_tokens,
         floats=np.array([norm_eps, norm_offset], np.float32),
-        ints=np.array([ACTIVATIONS[activation], gated, num_threads, block_rows, block_outs], np.int32),
+        ints=np.array([ACTIVATIONS[activation], gated, num_threads, block_rows, block_outs, in_panels], np.int32),
     )
     return y_TO
 
@@ -373,6 +411,13 @@ def _blocks(T, I, O, gated, itemsize):
     one_pass = T <= NARROW[0][0] and O * I * itemsize * (1 + gated) > 8 * STREAM_BYTES
     most = max(24, (STREAM_BYTES if one_pass else BLOCK_BYTES) // (I * itemsize * (1 + gated)))
     return rows, _round_up(-(-O // -(-O // most)), 24)
+
+
+def _blocks_of_panels(T, I, O, gated, itemsize):
+    """The same for a kernel in panels."""
+    rows = min(T, max(24, PANEL_BYTES // (2 * I) // panels.TILES[0] * panels.TILES[0]))
+    most, num_panels = max(1, panels.CHUNK_BYTES // (OUTS * I * itemsize * (1 + gated))), O // OUTS
+    return rows, OUTS * -(-num_panels // -(-num_panels // most))
 
 
 def _round_up(count, multiple):

@@ -5,6 +5,9 @@ one follows within microseconds, then sleep. Chunks are claimed one by one, and 
 time is not waited for: on a busy machine the caller simply does more. A second job while one is running is done
 by its own caller alone. Results must therefore not depend on who computes which chunk.
 
+Threads with even numbers claim chunks from the first on, those with odd ones from the last back: with two threads,
+each one's next chunk lies beside the one it has, so that its data can be fetched meanwhile (see `ahead`).
+
 The state is a block of memory outside Python, one word a cache line, found by the symbol `POOL`.
 """
 
@@ -21,6 +24,7 @@ from numba import types
 from pallas_kernels.cpu import vectors as v
 
 POOL = "jax_serving_cpu_pool"
+BACK = 32  # NEXT counts chunks claimed from the front in its lower half, and from the back in its upper
 LINE = 128  # two cache lines: neighbours are prefetched in pairs
 LOCK, TICKET, NEXT, JOB, HELPERS, LIMIT, SLEEPERS, ALARM, STOP = (LINE * i for i in range(9))
 # TICKET: the job's number << 8, | CLOSED once all chunks are claimed, + helpers at work on it.
@@ -68,10 +72,17 @@ def _claim(pool, thread):
     function, argument = v.load_i64(pool + JOB), v.load_i64(pool + JOB + 8)
     chunks = v.load_i64(pool + JOB + 16)
     while True:
-        chunk = v.fetch_add(pool + NEXT, 1)
-        if chunk >= chunks:
+        claimed = v.fetch_add(pool + NEXT, 1 << BACK if thread & 1 else 1)
+        front, back = claimed & ((1 << BACK) - 1), claimed >> BACK
+        if front + back >= chunks:
             return
-        v.call_address(function, argument, chunk, thread)
+        v.call_address(function, argument, chunks - 1 - back if thread & 1 else front, thread)
+
+
+@v.inner
+def ahead(thread):
+    """What to add to a thread's chunk for the one it is likely to claim next."""
+    return -1 if thread & 1 else 1
 
 
 @v.inner

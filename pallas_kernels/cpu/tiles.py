@@ -15,7 +15,7 @@ from pallas_kernels.cpu.vectors import F32, I64, LANES, VF32, VI16, VI32
 PREFETCH_BYTES = 8192  # how far ahead of a narrow tile's weights
 
 
-def _step(b, address, stride, count):
+def steps(b, address, stride, count):
     """address, address + stride, ...: count of them."""
     addresses = [address]
     for _ in range(count - 1):
@@ -23,7 +23,7 @@ def _step(b, address, stride, count):
     return addresses
 
 
-def _loop(b, count, start, step):
+def loop(b, count, start, step):
     """Emits `for i in range(0, count, step): state = body(i, state)`; a decorator for body. Returns its last state.
 
     Runs at least once.
@@ -60,12 +60,12 @@ def dot_tile(rows, outs, bf16):
     """
 
     def tile(b, x, x_stride, w, w_stride, count, y, y_stride, more):
-        x_rows, w_rows = _step(b, x, x_stride, rows), _step(b, w, w_stride, outs)
+        x_rows, w_rows = steps(b, x, x_stride, rows), steps(b, w, w_stride, outs)
         zero = v.constant(VF32, 0.0)
         # The next tile's weights lie behind this one's: fetched meanwhile, memory and arithmetic overlap.
         following = b.add(w_rows[-1], w_stride)
 
-        @_loop(b, count, [zero] * (rows * outs), LANES)
+        @loop(b, count, [zero] * (rows * outs), LANES)
         def sums(k, state):
             at_x = b.shl(k, ir.Constant(I64, 2))
             at_w = b.shl(k, ir.Constant(I64, 1)) if bf16 else at_x
@@ -94,11 +94,11 @@ def dot_tile_i8(rows, outs):
     bytes_, words, longs = (ir.VectorType(ir.IntType(bits), 256 // bits) for bits in (8, 16, 32))
 
     def tile(b, x, x_stride, w, w_stride, count, y, y_stride, more):
-        x_rows, w_rows = _step(b, x, x_stride, rows), _step(b, w, w_stride, outs)
+        x_rows, w_rows = steps(b, x, x_stride, rows), steps(b, w, w_stride, outs)
 
         following = b.add(w_rows[-1], w_stride)
 
-        @_loop(b, count, [v.constant(longs, 0)] * (rows * outs), 32)
+        @loop(b, count, [v.constant(longs, 0)] * (rows * outs), 32)
         def sums(k, state):
             v.prefetch(b, b.add(following, b.mul(k, ir.Constant(I64, outs))))
             weights = [v.load(b, b.add(row, k), bytes_, 1) for row in w_rows]
@@ -124,11 +124,11 @@ def dot_tile_i8(rows, outs):
 def dot_tile_pairs(rows, outs):
     """As `dot_tile` for bfloat16 x and w, count a multiple of 32, by products of pairs (AVX512-BF16)."""
 
-    step = lambda b, total, x, w: _add_pairs(b, x, w, total)
+    step = lambda b, total, x, w: add_pairs(b, x, w, total)
     return _narrow_tile(rows, outs, f"dot_{rows}x{outs}_pairs", v.constant(VF32, 0.0), step)
 
 
-def _add_pairs(b, x, y, total):
+def add_pairs(b, x, y, total):
     """total + x[2 i] * y[2 i] + x[2 i + 1] * y[2 i + 1], for registers of bfloat16."""
     return v.call(b, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, total, b.bitcast(x, v.VBF16), b.bitcast(y, v.VBF16))
 
@@ -156,12 +156,12 @@ def _narrow_tile(rows, outs, name, zero, step, shift=None):
     """
 
     def tile(b, x, x_stride, w, w_stride, count, y, y_stride, more):
-        x_rows, w_rows = _step(b, x, x_stride, rows), _step(b, w, w_stride, outs)
+        x_rows, w_rows = steps(b, x, x_stride, rows), steps(b, w, w_stride, outs)
         # Rows side by side are no stream that the processor would recognise: what comes is fetched in its order.
         lines = [ir.Constant(I64, PREFETCH_BYTES + v.WIDTH * o) for o in range(outs)] if outs > 1 else []
         num_shifts = outs if shift is not None else 0
 
-        @_loop(b, count, [zero] * (rows * outs + num_shifts), v.WIDTH)
+        @loop(b, count, [zero] * (rows * outs + num_shifts), v.WIDTH)
         def sums(k, state):
             for line in lines:
                 v.prefetch(b, b.add(b.add(w, line), b.mul(k, ir.Constant(I64, outs))))
@@ -177,7 +177,7 @@ def _narrow_tile(rows, outs, name, zero, step, shift=None):
 
         if num_shifts:
             sums = [b.sub(total, sums[rows * outs + i % outs]) for i, total in enumerate(sums[: rows * outs])]
-        y_rows = _step(b, y, y_stride, rows)
+        y_rows = steps(b, y, y_stride, rows)
         adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
         # Four rows by four outputs at a time: a row's outputs come out side by side.
         for m in range(0, rows, 4):
@@ -201,7 +201,7 @@ def _narrow_tile(rows, outs, name, zero, step, shift=None):
 
 def _store_sums(b, sums, y, y_stride, rows, outs, more):
     adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
-    for m, row in enumerate(_step(b, y, y_stride, rows)):
+    for m, row in enumerate(steps(b, y, y_stride, rows)):
         for o in range(outs):
             at_y = b.add(row, ir.Constant(I64, 4 * o))
             before = b.select(adds, v.load(b, at_y, F32, 4), ir.Constant(F32, 0.0))
@@ -215,15 +215,15 @@ def outer_tile(rows, vectors, pairs=False):
     The op takes (a, a_stride, b, b_stride, count, c, c_stride, more), as `dot_tile` does.
     """
 
-    step = _add_pairs if pairs else v.fused
+    step = add_pairs if pairs else v.fused
 
     def tile(b, a, a_stride, matrix, b_stride, count, c, c_stride, more):
-        a_rows, c_rows = _step(b, a, a_stride, rows), _step(b, c, c_stride, rows)
+        a_rows, c_rows = steps(b, a, a_stride, rows), steps(b, c, c_stride, rows)
         adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
         places = [b.add(row, ir.Constant(I64, n * v.WIDTH)) for row in c_rows for n in range(vectors)]
         start = [b.select(adds, v.load(b, place, VF32, 4), v.constant(VF32, 0.0)) for place in places]
 
-        @_loop(b, count, start, 1)
+        @loop(b, count, start, 1)
         def sums(k, state):
             at_b, at_a = b.add(matrix, b.mul(k, b_stride)), b.shl(k, ir.Constant(I64, 2))
             load_a = [lambda row=row: v.spread(b, v.load(b, b.add(row, at_a), F32, 4)) for row in a_rows]
@@ -277,7 +277,7 @@ def transpose_tile(dtype):
                     after[i] = v.shuffle(b, lines[i], lines[i + apart], low)
                     after[i + apart] = v.shuffle(b, lines[i], lines[i + apart], high)
             lines = after
-        for i, place in enumerate(_step(b, target, stride, 8)):
+        for i, place in enumerate(steps(b, target, stride, 8)):
             v.store(b, lines[TRANSPOSED[i]], place, 4)
 
     tile.__name__ = f"transpose_{dtype}"
@@ -310,7 +310,7 @@ def transpose_words():
                     after[i] = v.shuffle(b, lines[i], lines[i + apart], low)
                     after[i + apart] = v.shuffle(b, lines[i], lines[i + apart], high)
             lines = after
-        for line, place in zip(lines, _step(b, target, stride, 16), strict=True):
+        for line, place in zip(lines, steps(b, target, stride, 16), strict=True):
             v.store(b, line, place, 4)
 
     return v.op(types.none, *[types.intp] * 4)(tile)

@@ -103,9 +103,9 @@ def call(b, name, result, *args):
     return b.call(function, args)
 
 
-def prefetch(b, address):
-    """Starts to fetch a cache line; any address will do, nothing is read."""
-    hint = [ir.Constant(I32, n) for n in (0, 3, 1)]  # to read, to keep, data
+def prefetch(b, address, level=1):
+    """Starts to fetch a cache line, into the first or the second level; any address will do, nothing is read."""
+    hint = [ir.Constant(I32, n) for n in (0, 4 - level, 1)]  # to read, how near, data
     call(b, "llvm.prefetch.p0", ir.VoidType(), at(b, address, I8), *hint)
 
 
@@ -121,6 +121,9 @@ def widen_bf16(b, bits):
 
 def narrow_bf16(b, value):
     """float32 -> bfloat16 bits, to nearest even; NaN stays NaN."""
+    if HAS_BF16_DOT and value.type.count == LANES:
+        t = ir.VectorType(BFloatType(), LANES)
+        return b.bitcast(call(b, "llvm.x86.avx512bf16.cvtneps2bf16.512", t, value), VI16)
     wide = ir.VectorType(I32, value.type.count)
     bits = b.bitcast(value, wide)
     odd = b.and_(b.lshr(bits, constant(wide, 16)), constant(wide, 1))
@@ -263,6 +266,12 @@ def store_f32(b, address, value):
 @op(types.none, types.intp)
 def fetch(b, address):
     prefetch(b, address)
+
+
+@op(types.none, types.intp)
+def fetch_for_later(b, address):
+    """As `fetch`, no nearer than the second level of caches."""
+    prefetch(b, address, level=2)
 
 
 # Vectors

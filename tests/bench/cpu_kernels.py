@@ -23,6 +23,9 @@ COLUMNS = {
     "XLA f32": ("reference", jnp.float32),
     "ours bf16": ("cpu", jnp.bfloat16),
     "ours f32": ("cpu", jnp.float32),
+    "panels bf16": ("cpu", jnp.bfloat16, True),
+    "ours int8": ("cpu", jnp.int8),
+    "panels int8": ("cpu", jnp.int8, True),
 }
 
 
@@ -42,15 +45,16 @@ def main():
             print(f"{shape:>10} {tokens:>6} " + " ".join(f"{c:>16}" for c in cells), flush=True)
 
 
-def cell(shape, tokens, layers, implementation, dtype):
+def cell(shape, tokens, layers, implementation, dtype, in_panels=False):
     kernels = weights(SHAPES[shape], layers, dtype)
-    x_TI = jnp.ones((tokens, SHAPES[shape][-1]), dtype)
+    x_TI = jnp.ones((tokens, SHAPES[shape][-1]), jnp.bfloat16 if dtype == jnp.int8 else dtype)
+    scale = jnp.ones(SHAPES[shape][:-1], jnp.float32) if dtype == jnp.int8 else None
     activation = "silu" if shape == "gate_up" else None
 
     @jax.jit
     def every_layer(x_TI, kernels):
-        run = functools.partial(linear, activation=activation, implementation=implementation)
-        return sum(run(x_TI, kernel)[0, 0] for kernel in kernels)
+        run = functools.partial(linear, activation=activation, implementation=implementation, in_panels=in_panels)
+        return sum(run(x_TI, kernel, kernel_scale=scale)[0, 0] for kernel in kernels)
 
     seconds = best(lambda: every_layer(x_TI, kernels).block_until_ready())
     elements = sum(kernel.size for kernel in kernels)
@@ -64,7 +68,7 @@ def weights(shape, layers, dtype):
     return [jnp.asarray(rng.standard_normal(shape, dtype=np.float32) * 0.05, dtype) for _ in range(layers)]
 
 
-def best(run, repeats=7):
+def best(run, repeats=25):
     run()
     times = []
     for _ in range(repeats):

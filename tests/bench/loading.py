@@ -87,7 +87,8 @@ def load_once(model: str, cache: str, quantization: str, stacked: bool, place: d
     plan = types.SimpleNamespace(platform="cpu", dtype="bfloat16", quantization=quantization or None, stacked=stacked)
     checkpoint, size = open_checkpoint(model), len(jax.devices())
     config, options = mesh.fit(checkpoint.config, size, plan.quantization), {"quantization": plan.quantization}
-    _, shapes = abstract(checkpoint.model_class, config, "bfloat16", stacked, **options)
+    alone = size == 1 and not stacked
+    graph, shapes = abstract(checkpoint.model_class, config, "bfloat16", stacked, in_panels=alone, **options)
     if size == 1:
         tensor, wheres = None, dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     else:
@@ -95,7 +96,8 @@ def load_once(model: str, cache: str, quantization: str, stacked: bool, place: d
         wheres = tensor.shardings(tensor.weight_specs(logical_axes(checkpoint.model_class, config, stacked, **options)))
     before, start = memory_bytes("VmRSS"), time.perf_counter()
     progress = lambda name, done, total: None
-    found = weights.on_devices(checkpoint, config, tensor, shapes, wheres, plan, cache and Path(cache), progress)
+    where = shapes, graph.in_panels, wheres
+    found = weights.on_devices(checkpoint, config, tensor, *where, plan, cache and Path(cache), progress)
     jax.block_until_ready(found)
     seconds = time.perf_counter() - start
     held = sum(

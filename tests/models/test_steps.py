@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from models import interface
+from pallas_kernels import panels
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 93]
 SHAPE = dict(T=16, S=3)
@@ -66,3 +67,17 @@ def test_every_weight_has_logical_axes_of_its_own_rank():
         _, shapes = interface.abstract(gemma.model_class, gemma.config, jnp.float32, stacked)
         assert {path: len(names) for path, names in axes.items()} == {p: len(s.shape) for p, s in shapes.items()}
         assert all((names[0] == "layers") == (stacked and path.startswith("layers")) for path, names in axes.items())
+
+
+@pytest.mark.skipif(not panels.suits(64, 64, jnp.bfloat16), reason="this machine multiplies no panels")
+def test_weights_in_panels_give_the_same_scores():
+    plain = tiny.Tiny("qwen3", dtype=jnp.bfloat16)
+    graph, shapes = interface.abstract(plain.model_class, plain.config, jnp.bfloat16, in_panels=True)
+    assert shapes == plain.shapes
+    # The others' outputs are no whole panels.
+    assert graph.in_panels == {"embed.table", "layers.0.attn.qkv.kernel", "layers.1.attn.qkv.kernel"}
+    weights = {name: panels.pack(w) if name in graph.in_panels else w for name, w in plain.weights.items()}
+    step = tiny.one_prompt(PROMPT)
+    want_TV, _ = plain.run(step, plain.caches())
+    got_TV, _ = tiny.run(graph, weights, step, plain.caches())
+    np.testing.assert_allclose(got_TV, want_TV, atol=0.02 * np.abs(want_TV).max())

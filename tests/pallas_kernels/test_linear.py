@@ -1,11 +1,14 @@
 """Linear kernels compute x @ kernel.T in float32, whatever the batch around a row."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cpu
+from pallas_kernels import cpu, panels
+from pallas_kernels.cpu import matmul
 from pallas_kernels.linear import linear
 
 needs_cpu_kernels = pytest.mark.skipif(not cpu.is_available(), reason="needs Linux and numba")
@@ -173,6 +176,49 @@ def test_int4_cpu_kernel_matches_the_reference(T, I, J, out, dtype, rtol):
     np.testing.assert_array_equal(linear(x_TI[:1], kernel, implementation="cpu", **options), got_TO[:1])
     some_TO = linear(x_TI.at[-1].set(jnp.nan), kernel, jnp.int32(T - 1), implementation="cpu", **options)
     np.testing.assert_array_equal(some_TO[: T - 1], got_TO[: T - 1])
+
+
+needs_pair_products = pytest.mark.skipif(
+    not matmul.multiplies_panels(64, jnp.bfloat16), reason="needs a CPU with AVX512-BF16"
+)
+needs_byte_products = pytest.mark.skipif(
+    not matmul.multiplies_panels(64, jnp.int8), reason="needs a CPU with AVX512-VNNI"
+)
+
+
+@needs_pair_products
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("T, I, out", [(1, 64, (64,)), (21, 1056, (2, 96)), (35, 2112, (128,))], ids=str)
+def test_a_kernel_in_panels_gives_what_the_reference_does(T, I, out, fused):
+    x_TI, kernel = random(T, I, dtype=jnp.bfloat16), (random(*out, I) * I**-0.5).astype(jnp.bfloat16)
+    options = (around(T, I, out, jnp.bfloat16) if fused else {}) | {"out_dtype": jnp.float32}
+    want_TO = linear(x_TI, kernel, implementation="reference", **options)
+    for implementation in ("reference", "cpu"):
+        got_TO = linear(x_TI, panels.pack(kernel), in_panels=True, implementation=implementation, **options)
+        # A norm's last bit can round an input to the other bfloat16.
+        np.testing.assert_allclose(got_TO, want_TO, atol=2e-2 if fused else 1e-5)
+
+
+@needs_byte_products
+@pytest.mark.parametrize("T, I, out", [(1, 64, (64,)), (21, 2112, (2, 96))], ids=str)
+def test_an_int8_kernel_in_panels_is_multiplied_exactly(T, I, out):
+    kernel = jnp.asarray(np.random.default_rng(0).integers(-127, 128, (*out, I)), jnp.int8)
+    x_TI = jnp.asarray(np.random.default_rng(1).choice([-127.0, -3.0, 5.0, 127.0], (T, I)), jnp.float32)
+    options = {"kernel_scale": jnp.ones(out), "activation": "relu" if len(out) == 2 else None}
+    want_TO = linear(x_TI, kernel, implementation="cpu", **options)
+    got_TO = linear(x_TI, panels.pack(kernel), in_panels=True, implementation="cpu", **options)
+    np.testing.assert_array_equal(got_TO, want_TO)
+
+
+@needs_pair_products
+def test_bits_of_products_with_panels_do_not_depend_on_the_batch():
+    x_TI, kernel = random(40, 1056, dtype=jnp.bfloat16), random(2, 96, 1056, dtype=jnp.bfloat16)
+    run = functools.partial(linear, kernel=panels.pack(kernel), in_panels=True, activation="silu", implementation="cpu")
+    whole_TO = run(x_TI)
+    for start, end in [(0, 1), (3, 5), (7, 10), (10, 15), (30, 38), (1, 40)]:
+        np.testing.assert_array_equal(run(x_TI[start:end]), whole_TO[start:end])
+    poisoned_TI = x_TI.at[5:].set(jnp.nan)
+    np.testing.assert_array_equal(run(poisoned_TI, num_tokens=jnp.int32(5))[:5], whole_TO[:5])
 
 
 @needs_cpu_kernels

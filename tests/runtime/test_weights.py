@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
+
+from converters.checkpoint import open_checkpoint
+from pallas_kernels import panels
+from runtime import huge_pages, machine, weights
+from runtime.config import EngineConfig
+from runtime.preparation import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 EIGHT_HEADS = {"num_attention_heads": 8, "head_dim": 8}  # and two kv heads: four devices keep each twice
@@ -62,3 +70,24 @@ def check_split(fresh):
         assert fresh[2]["whole"][name] == digest
         assert fresh[4]["whole"][name] == digest or ".qkv." in name, name
         assert len(fresh[4]["parts"][name]) == 4
+
+
+@pytest.mark.parametrize("has_large_pages", [True, False])
+def test_weights_come_in_panels_where_the_programs_expect_them(tmp_path, monkeypatch, has_large_pages):
+    if not has_large_pages:
+        monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE")
+    folder = tiny.make_checkpoint("llama_tied", tmp_path / "model")
+    config, checkpoint = EngineConfig(model=str(folder), dtype="bfloat16", max_model_len=64), open_checkpoint(folder)
+    prepared = prepare(config, checkpoint, machine.here())
+    names = frozenset({"embed.table", "layers.1.attn.qkv.kernel"})  # on machines that expect none, too
+
+    def found(in_panels, cache_dir):
+        wheres = prepared.layout.shardings(prepared.shapes)
+        of_model = checkpoint, prepared.layout.config, None, prepared.shapes
+        return weights.on_devices(*of_model, in_panels, wheres, prepared.plan, cache_dir, lambda *_: None)
+
+    plain = found(frozenset(), None)
+    for packed in (found(names, tmp_path / "cache"), found(names, tmp_path / "cache")):  # converted, and kept
+        for name, array in packed.items():
+            want = panels.pack(plain[name]) if name in names else plain[name]
+            np.testing.assert_array_equal(np.asarray(array, np.float32), np.asarray(want, np.float32), name)

@@ -42,8 +42,8 @@ def placed(checkpoint, folder, devices, quantization="", stacked=False, cache=""
     type(source).read = lambda self, *key: asked.append(key) or read(self, *key)
     try:
         found = weights.on_devices(
-            checkpoint, layout.config, layout.tensor, shapes, layout.shardings(shapes), plan,
-            cache and Path(folder) / cache, lambda *progress: None,
+            checkpoint, layout.config, layout.tensor, shapes, frozenset(), layout.shardings(shapes),
+            plan, cache and Path(folder) / cache, lambda *progress: None,
         )  # fmt: skip
     finally:
         type(source).read = read

@@ -1,0 +1,133 @@
+"""Products of a few tokens with weights in panels: two registers of outputs, against a tile of tokens.
+
+A panel is read once for a tile of tokens. What a register of weights holds belongs to 16 outputs, so sums stay where
+they are and none has to be folded; a sum takes its products in the inputs' order, whatever the tile.
+"""
+
+import functools
+
+from llvmlite import ir
+from numba import types
+
+from pallas_kernels.cpu import tiles
+from pallas_kernels.cpu import vectors as v
+from pallas_kernels.cpu.ffi import BF16
+from pallas_kernels.cpu.vectors import I64, VF32, VI32
+
+TILES = (12, 8, 6, 4, 3, 2, 1)  # tokens: two sums each, beside the weights and one token's word
+DEPTH_BYTES = 2048  # of a token's inputs at a time: a tile's tokens then fit the first level of caches
+CHUNK_BYTES = 131072  # of weights that a thread claims at a time
+
+
+@functools.cache
+def panel_tile_pairs(rows):
+    """y[m, o] (+)= sum over k of x[m, k] * w[o, k], for `rows` rows of bfloat16 x and a panel of w (AVX512-BF16).
+
+    The op takes (x, x_stride, w, count, y, y_stride, more, fetch, fetch_step): addresses, a row's stride in bytes,
+    count the bytes of a row of x, y and more as `dot_tile` has them. What lies at `fetch` is brought near meanwhile,
+    fetch_step bytes a word of x. Every output's products are added in their order, one pair after the other.
+    """
+    step = lambda b, total, x, w: tiles.add_pairs(b, x, w, total)
+    return _panel_tile(rows, f"panel_{rows}_pairs", VF32, step)
+
+
+@functools.cache
+def panel_tile_bytes(rows):
+    """As `panel_tile_pairs` for x in [1, 255] that stands for x - 128, and int8 w; exact (AVX512-VNNI)."""
+
+    def step(b, total, x, w):
+        return v.call(b, "llvm.x86.avx512.vpdpbusd.512", VI32, total, x, w)
+
+    return _panel_tile(rows, f"panel_{rows}_bytes", VI32, step, v.constant(VI32, -0x7F7F7F80))
+
+
+def _panel_tile(rows, name, sums_type, step, shift=None):
+    """See `_narrow_tile` for step and shift."""
+    vectors = 2
+
+    def tile(b, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
+        x_rows, y_rows = tiles.steps(b, x, x_stride, rows), tiles.steps(b, y, y_stride, rows)
+        places = [b.add(row, ir.Constant(I64, n * v.WIDTH)) for row in y_rows for n in range(vectors)]
+        adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
+        zero = v.constant(sums_type, 0 if sums_type == VI32 else 0.0)
+        before = [b.select(adds, v.load(b, place, VF32, 4), v.constant(VF32, 0.0)) for place in places]
+        start = [zero] * len(places) if sums_type == VI32 else before
+        num_shifts = vectors if shift is not None else 0
+
+        @tiles.loop(b, count, [*start, *[zero] * num_shifts, w, fetch], 4)
+        def sums(k, state):
+            *totals, at_w, at_fetch = state
+            for n in range(vectors):
+                v.prefetch(b, b.add(at_fetch, ir.Constant(I64, n * v.WIDTH)), level=2)
+            weights = [v.load(b, b.add(at_w, ir.Constant(I64, n * v.WIDTH)), VI32, 4) for n in range(vectors)]
+            for m, row in enumerate(x_rows):
+                value = v.spread(b, v.load(b, b.add(row, k), v.I32, 4))
+                for n, weight in enumerate(weights):
+                    totals[m * vectors + n] = step(b, totals[m * vectors + n], value, weight)
+            for n in range(num_shifts):
+                totals[rows * vectors + n] = step(b, totals[rows * vectors + n], shift, weights[n])
+            return [*totals, b.add(at_w, ir.Constant(I64, vectors * v.WIDTH)), b.add(at_fetch, fetch_step)]
+
+        for i, place in enumerate(places):
+            total = sums[i]
+            if sums_type == VI32:
+                total = b.sub(total, sums[rows * vectors + i % vectors])
+                total = b.fadd(b.sitofp(total, VF32), before[i])
+            v.store(b, total, place, 4)
+
+    tile.__name__ = name
+    return v.op(types.none, *[types.intp] * 9)(tile)
+
+
+def _by_tokens(tile, sizes):
+    """Compiles the product of a panel with as many tokens as one of the sizes says."""
+    size, *others = sizes
+    run = tile(size)
+    other = _by_tokens(tile, others) if others else None
+
+    @v.inner
+    def multiply(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
+        if other is None or rows == size:
+            run(x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
+        else:
+            other(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
+
+    return multiply
+
+
+_pairs = _by_tokens(panel_tile_pairs, TILES) if v.HAS_BF16_DOT else None
+_bytes = _by_tokens(panel_tile_bytes, TILES) if v.HAS_BYTE_DOT else None
+
+
+@v.inner
+def _tile(left):
+    """How many of the tokens left go into one tile."""
+    for size in TILES:
+        if left >= size:
+            return size
+    return 1
+
+
+@v.inner
+def num_tiles(rows):
+    count = 0
+    while rows > 0:
+        rows -= _tile(rows)
+        count += 1
+    return count
+
+
+@v.inner
+def multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
+    """Any number of tokens times a panel; see `panel_tile_pairs`. Each tile fetches on where that before it ended."""
+    m = 0
+    while m < rows:
+        tile = _tile(rows - m)
+        at_x, at_y = x + m * x_stride, y + m * y_stride
+        if dtype == BF16:
+            if v.HAS_BF16_DOT:
+                _pairs(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)
+        elif v.HAS_BYTE_DOT:
+            _bytes(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)
+        m += tile
+        fetch += fetch_step * (count // 4)
