@@ -133,6 +133,8 @@ def handle(request: Request, error: BaseException) -> HTTPResponse:
         stream.expecting_continue = False  # else a `100 Continue` would go out before the refusal
         stream.request_body = None
         stream.keep_alive = False
+    if status_of(error) in (408, 413):  # the rest of the body may never come, or be too much to swallow
+        stream.keep_alive = False
     return response_of(error)
 
 

@@ -194,6 +194,17 @@ def test_a_refusal_is_readable_by_a_client_that_sends_all_of_a_large_body(serve)
     assert response.status_code == 413
 
 
+@pytest.mark.parametrize("coding", [b"Content-Length: 5000", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("paths", [[], ["sample_middleware.Outer"]])
+def test_a_connection_is_not_said_to_be_kept_that_is_not(serve, coding, paths):
+    server = serve(config={"limits": Limits(max_body=100), "middleware": paths})
+    body = b"c8\r\n" + b"a" * 200 + b"\r\n" if b"chunked" in coding else b"a" * 200
+    with socket.create_connection(("127.0.0.1", server.port), 5) as sock:
+        sock.sendall(post(coding, body=body))
+        header, _, _ = sock.makefile("rb").read().partition(b"\r\n\r\n")
+    assert b"HTTP/1.1 413" in header and b"connection: close" in header.lower()
+
+
 @pytest.mark.parametrize("line", [b"POST /nothing", b"POST /version", b"GET /version"])
 def test_a_body_nobody_wants_is_not_waited_for(server, monkeypatch, line):
     monkeypatch.setattr(transport, "LINGER_S", 0.2)
