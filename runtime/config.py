@@ -31,7 +31,7 @@ QUANTIZATIONS = ("int8", "int4")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
 MIB = 2**20
 STEP_BYTES = 256 * MIB  # of a device's memory that a step needs beside weights, pages and scores
-SCORES = 4  # arrays of scores, float32[rows, vocabulary], that it may have at once
+SCORES = 2  # arrays of scores, float32[rows, vocabulary], that it may have at once
 KV_NOTES = {
     "int8": ", with a scale for each key and value",
     "float8_e4m3fn": ", no scales",

@@ -115,10 +115,13 @@ class Footprint:
         alike = lambda dtype, shape: (dtype, tuple(sorted(side for side in shape if side > 1)))
         wanted = {alike(*shape) for shape in shapes}
         moves = {move.removesuffix("-start") for move in MOVES}
+        # Of copy-start the result names where it goes and where it comes from; of others, where it goes.
         return [
             found
             for found in self.instructions
-            if found.op in moves and any(a.is_main and alike(a.dtype, a.shape) in wanted for a in found.arrays[:1])
+            if found.op in moves
+            and all(array.is_main for array in found.arrays[:2] if array.shape)
+            and any(alike(array.dtype, array.shape) in wanted for array in found.arrays[:1])
         ]
 
     def gathered(self) -> list[Array]:

@@ -16,6 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.platform import current_platform
+
+# From so many tokens on, each layer's result is written on a GPU. XLA would keep the terms of several layers' sums, 16
+# MiB each with 2,048 tokens of Llama-3-8B, and add them up anew wherever they are read; with few tokens that is faster.
+MANY_TOKENS = 512
 NO_WINDOW = 2**30  # stands for None where windows travel as an array; no position comes near it
 
 
@@ -74,6 +79,8 @@ class Stack(nnx.Module):
         caches = list(caches)
         for i, block in enumerate(self.blocks):
             x_TD, caches[i] = block(x_TD, caches[i], step, Layer(0, self.windows[i], self.ropes[i]))
+            if len(x_TD) >= MANY_TOKENS and current_platform() == "gpu":
+                x_TD = jax.lax.optimization_barrier(x_TD)
         return x_TD, caches
 
     def _scan(self, x_TD, caches, step):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.platform import current_platform
 from runtime.sampling.knobs import ALLOWED, BAD_WORDS, BIAS, MASK, Knobs
 from runtime.sampling.tables import Tables
 
@@ -55,8 +56,16 @@ def adjust(logits_SV, knobs: Knobs, tables: Tables, slots_S, history_XU, mask_SW
     )
     for wanted_S, part in parts:
         change = functools.partial(part, knobs=knobs, tables=tables, slots_S=slots_S)
-        logits_SV = lax.cond(wanted_S.any(), change, lambda x_SV: x_SV, logits_SV)
+        logits_SV = _if_any(wanted_S, change, logits_SV)
     return logits_SV
+
+
+def _if_any(wanted_S, change, x_SV):
+    """change(x_SV) when it is wanted, else x_SV."""
+    if current_platform() == "cpu":
+        return lax.cond(wanted_S.any(), change, lambda x_SV: x_SV, x_SV)
+    # A loop of one turn or none changes its array in place; a cond that may give its own back keeps two.
+    return lax.fori_loop(0, wanted_S.any().astype(jnp.int32), lambda _, x_SV: change(x_SV), x_SV)
 
 
 def _keep_allowed(logits_SV, *, knobs, tables, slots_S, mask_SW):
@@ -64,8 +73,16 @@ def _keep_allowed(logits_SV, *, knobs, tables, slots_S, mask_SW):
     every = jnp.uint32(0xFFFFFFFF)
     words_SW = jnp.where(knobs.has(ALLOWED)[:, None], tables.allowed_XW[slots_S], every)
     words_SW &= jnp.where(knobs.has(MASK)[:, None], mask_SW, every)
-    bits_SV = ((words_SW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1).reshape(S, -1)[:, :V]
-    return jnp.where(bits_SV != 0, logits_SV, BANNED)
+
+    def keep(words_xW, logits_xV):
+        bits_xV = ((words_xW[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1).reshape(*words_xW.shape[:-1], -1)
+        return jnp.where(bits_xV[..., :V] != 0, logits_xV, BANNED)
+
+    if current_platform() != "tpu":
+        return keep(words_SW, logits_SV)
+    # A row at a time: a TPU lays 32 columns out as 128, four times the room of the scores.
+    one_S = lambda i, x_SV: lax.dynamic_update_index_in_dim(x_SV, keep(words_SW[i], x_SV[i]), i, 0)
+    return lax.fori_loop(0, S, one_S, logits_SV)
 
 
 def _shift(logits_SV, *, knobs, tables, slots_S, history_XU):

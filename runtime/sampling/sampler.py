@@ -69,35 +69,52 @@ def sample(
         logprobs_mode: static: "raw_" is before any setting, "processed_" after all of them;
             "_logits" are reported without normalising.
     """
+    rows = knobs, tables, slots_S, history_XU, mask_SW
+    token_S, is_faulty_S, cutoff_S = pick(logits_SV, *rows)
+    described = lax.cond(
+        knobs.has(LOGPROBS).any(),
+        lambda: describe(logits_SV, token_S, cutoff_S, *rows, max_logprobs=max_logprobs, logprobs_mode=logprobs_mode),
+        lambda: logprobs.nothing(len(token_S), max_logprobs),
+    )
+    return Sampled(token_S, is_faulty_S, *described)
+
+
+def pick(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW):
+    """(token_S, is_faulty_S, cutoff_S): the first half of `sample`, and the largest distance from the best kept."""
+    is_finite_S = _is_finite_S(logits_SV)
+    adjusted = lambda: adjust(logits_SV, knobs, tables, slots_S, history_XU, mask_SW)
+    if current_platform() != "cpu":
+        return _choose(adjusted(), is_finite_S, knobs)
+    return lax.cond(  # two programs: there they are small, and a cond that gives the logits back copies
+        needs_adjusting_S(knobs).any(),
+        lambda: _choose(adjusted(), is_finite_S, knobs),
+        lambda: _choose(logits_SV, is_finite_S, knobs),
+    )
+
+
+def describe(
+    logits_SV, token_S, cutoff_S, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, max_logprobs, logprobs_mode
+):
+    """(logprob_S, rank_S, top_ids_SJ, top_logprobs_SJ): the second half of `sample`, of the tokens that were picked."""
     if logprobs_mode not in logprobs.MODES:
         raise ValueError(f"unknown logprobs_mode {logprobs_mode!r}; choose one of {logprobs.MODES}")
-    is_finite_S = jnp.isfinite(logits_SV.sum(-1))  # a sum sees NaN and both infinities; a maximum may miss NaN
-    adjusts = needs_adjusting_S(knobs).any()
+    if logprobs_mode.startswith("processed"):
+        adjusted_SV = adjust(logits_SV, knobs, tables, slots_S, history_XU, mask_SW)
+        logits_SV = _processed(adjusted_SV, cutoff_S, knobs)
+    normalise = logprobs_mode.endswith("logprobs")
+    return logprobs.describe(logits_SV, token_S, max_logprobs=max_logprobs, normalise=normalise)
 
-    def adjusted():
-        return adjust(logits_SV, knobs, tables, slots_S, history_XU, mask_SW)
 
-    def plain():
-        return logits_SV
+def wants_more_S(knobs: Knobs) -> jax.Array:
+    """Which rows ask for anything but their likeliest token: bool[S]."""
+    return needs_adjusting_S(knobs) | knobs.is_random_S | knobs.has(LOGPROBS)
 
-    if current_platform() == "cpu":  # two programs: there they are small, and a cond that gives the logits back copies
-        token_S, is_faulty_S, cutoff_S = lax.cond(
-            adjusts,
-            lambda: _choose(adjusted(), is_finite_S, knobs),
-            lambda: _choose(plain(), is_finite_S, knobs),
-        )
-    else:
-        token_S, is_faulty_S, cutoff_S = _choose(lax.cond(adjusts, adjusted, plain), is_finite_S, knobs)
 
-    def reported():
-        chosen_from_SV = logits_SV
-        if logprobs_mode.startswith("processed"):
-            chosen_from_SV = _processed(lax.cond(adjusts, adjusted, plain), cutoff_S, knobs)
-        normalise = logprobs_mode.endswith("logprobs")
-        return logprobs.describe(chosen_from_SV, token_S, max_logprobs=max_logprobs, normalise=normalise)
-
-    described = lax.cond(knobs.has(LOGPROBS).any(), reported, lambda: logprobs.nothing(token_S.shape[0], max_logprobs))
-    return Sampled(token_S, is_faulty_S, *described)
+def likeliest(logits_SV, max_logprobs: int) -> Sampled:
+    """What `sample` gives when no row wants more."""
+    best_S, token_S = best(logits_SV)
+    is_faulty_S = ~(_is_finite_S(logits_SV) & jnp.isfinite(best_S))
+    return Sampled(token_S, is_faulty_S, *logprobs.nothing(len(token_S), max_logprobs))
 
 
 def finished(token_S, knobs: Knobs, tables: Tables, slots_S) -> jax.Array:
@@ -111,6 +128,10 @@ def finished(token_S, knobs: Knobs, tables: Tables, slots_S) -> jax.Array:
     is_eos_S = (tables.eos_ids_XE[slots_S] == token_S[:, None]).any(-1) & ~knobs.has(IGNORE_EOS)
     stops_S = (is_own_SE.any(-1) | is_eos_S) & (knobs.num_generated_S >= knobs.min_tokens_S)
     return stops_S | ((knobs.max_tokens_S > 0) & (knobs.num_generated_S + 1 >= knobs.max_tokens_S))
+
+
+def _is_finite_S(logits_SV):
+    return jnp.isfinite(logits_SV.sum(-1))  # a sum sees NaN and both infinities; a maximum may miss NaN
 
 
 def _choose(logits_SV, is_finite_S, knobs: Knobs):

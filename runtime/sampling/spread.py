@@ -1,10 +1,11 @@
 """Sampling in parts: where the vocabulary is split over devices the scores change hands once, and each device samples
-its rows; where many are left to one TPU, they take turns.
+its rows; where many are left to one accelerator, they take turns.
 
 Dimension key
     S  rows    V  vocabulary, this device's part or all of it
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,10 +14,13 @@ from jax import lax
 
 from models import parallel
 from pallas_kernels.platform import current_platform
-from runtime.sampling.knobs import Knobs
-from runtime.sampling.sampler import Sampled, sample
+from runtime.sampling.knobs import LOGPROBS, Knobs
+from runtime.sampling.logprobs import nothing
+from runtime.sampling.sampler import Sampled, describe, likeliest, pick, sample, wants_more_S
 
-ROWS = 16
+# Rows sampled at a time. A turn keeps some arrays as large as its scores: with 256 rows of 128,000 tokens at once they
+# would be 500 MiB beside the scores themselves. On a CPU scores are small, and a turn more costs more than it saves.
+ROWS = {"tpu": 8, "gpu": 16}
 
 
 def sample_spread(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, **options) -> Sampled:
@@ -38,22 +42,41 @@ def sample_spread(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW,
     return jax.tree.map(lambda x: lax.all_gather(x, split.mesh_axis, tiled=True)[:S], sampled)
 
 
-def sample_in_turns(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, rows=None, **options) -> Sampled:
-    """As `sample`, so many rows at a time: it keeps several arrays as large as their scores.
+def sample_in_turns(
+    logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, max_logprobs, logprobs_mode, rows=None
+) -> Sampled:
+    """As `sample`, so many rows at a time; all at once where each wants its likeliest token and nothing else.
 
     Args:
-        rows: None for all at once, but ROWS on a TPU, where 256 rows of 128,000 tokens would take 900 MiB.
+        rows: None for what suits the platform, see ROWS.
     """
-    rows = rows or (ROWS if current_platform() == "tpu" else len(slots_S))
+    rows = rows or ROWS.get(current_platform(), len(slots_S))
+    options = {"max_logprobs": max_logprobs, "logprobs_mode": logprobs_mode}
     if len(slots_S) <= rows or len(slots_S) % rows:
         return sample(logits_SV, knobs, tables, slots_S, history_XU, mask_SW, **options)
-    turns = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (logits_SV, knobs, slots_S, mask_SW))
+    by_row = slots_S, knobs, mask_SW
 
-    def one(turn):
-        logits_SV, knobs, slots_S, mask_SW = turn
-        return sample(logits_SV, knobs, tables, slots_S, history_XU, mask_SW, **options)
+    def turns(part, *more):
+        """part of so many rows at a time, with the rows of more."""
 
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), lax.map(one, turns))
+        def turn(i):
+            own = lambda x: lax.dynamic_slice_in_dim(x, i * rows, rows)
+            slots_R, knobs_R, mask_RW = jax.tree.map(own, by_row)
+            return part(own(logits_SV), *map(own, more), knobs_R, tables, slots_R, history_XU, mask_RW)
+
+        parts = lax.map(turn, jnp.arange(len(slots_S) // rows))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+
+    def in_turns():
+        token_S, is_faulty_S, cutoff_S = turns(pick)
+        described = lax.cond(
+            knobs.has(LOGPROBS).any(),
+            lambda: turns(functools.partial(describe, **options), token_S, cutoff_S),
+            lambda: nothing(len(token_S), max_logprobs),
+        )
+        return Sampled(token_S, is_faulty_S, *described)
+
+    return lax.cond(wants_more_S(knobs).any(), in_turns, lambda: likeliest(logits_SV, max_logprobs))
 
 
 def whole_scores(logits: Callable) -> Callable:

@@ -41,6 +41,27 @@ def around(T, I, out, dtype=jnp.float32):
     }
 
 
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_accelerators_round_gate_and_up_and_nothing_else(platform, monkeypatch):
+    """Each half to bfloat16, which is off by 2 ** -8 of it, as the result is; silu's slope is below 1.1."""
+    monkeypatch.setattr("pallas_kernels.linear.current_platform", lambda: platform)
+    x_TI, kernel = random(9, 24, dtype=jnp.bfloat16), random(2, 40, 24, dtype=jnp.bfloat16)
+    gate_TO, up_TO = (np.asarray(x_TI, np.float64) @ np.asarray(half, np.float64).T for half in kernel)
+    silu_TO = gate_TO / (1 + np.exp(-gate_TO))
+    got_TO = linear(x_TI, kernel, activation="silu", implementation="reference")
+    error_TO = 2.0**-8 * (1.1 * np.abs(gate_TO * up_TO) + 2 * np.abs(silu_TO * up_TO)) * 1.01
+    assert (np.abs(np.asarray(got_TO, np.float64) - silu_TO * up_TO) <= error_TO).all()
+
+    def product_dtype(kernel, **options):
+        """What a product's sums are rounded to."""
+        made = jax.make_jaxpr(lambda x, k: linear(x, k, implementation="reference", **options))(x_TI, kernel)
+        (product,) = (e for e in made.eqns if e.primitive.name == "dot_general")
+        return product.outvars[0].aval.dtype
+
+    assert product_dtype(kernel) == jnp.bfloat16
+    assert product_dtype(kernel[0]) == product_dtype(kernel, out_dtype=jnp.float32) == jnp.float32
+
+
 @needs_cpu_kernels
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_a_cpu_takes_a_quarter_of_free_memory_and_spreads_over_a_part():
 
 def test_an_accelerator_gets_what_weights_and_a_step_leave():
     settled = plan("tpu", {"memory": Memory(16 * GIB, 16 * GIB)})
-    scores = 4 * 256 * 1000 * 4  # four times float32[rows, vocabulary]
+    scores = 2 * 256 * 1000 * 4  # twice float32[rows, vocabulary]
     pages = (int(16 * GIB * 0.9) - GIB // 4 - GIB // 4 - scores) // (20_000 * 128)
     assert (settled.page_size, settled.num_pages, settled.num_spread_pages) == (128, pages, None)
     assert settled.stacked and settled.max_decode_steps == 8 and settled.paces_windows

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.buckets import Bucket
-from runtime.config import SCORES
+from runtime.footprint import COLLECTIVES, Instruction
 
-MIB = 2**20
 HLO_NAMES = {"bfloat16": "bf16", "int8": "s8", "float32": "f32"}
 
 LLAMA = {
@@ -108,27 +107,30 @@ class Step:
     def check(self) -> None:
         """What is true of every step on every accelerator."""
         plan, layout, memory = self.prepared.plan, self.prepared.layout, self.prepared.machine.memory
-        footprint, size = self.footprint, len(layout.devices)
-        assert footprint.arguments + footprint.beside_arguments <= memory.total
-        assert footprint.aliased >= plan.num_pages * plan.page_bytes // size
-        limit = (64 if self.bucket.is_decode else 256) * MIB
-        limit += 2 * 4 * plan.num_slots * plan.max_model_len  # the tokens' history, in two layouts beside its own
-        if size == 1 or plan.platform == "gpu":  # whose sampler keeps the scores of many rows several times
-            limit += SCORES * 4 * self.bucket.num_rows * plan.vocab_size // size
-        assert footprint.temporaries < limit, f"{self.bucket}: {footprint.temporaries / MIB:,.0f} MiB of temporaries"
-        assert not footprint.moved(self.held())
-        config, counts = self.prepared.checkpoint.config, footprint.collectives()
-        assert set(counts) <= ({"all-reduce", "all-gather", "all-to-all"} if size > 1 else set())
-        assert self.num_sums == (2 * config.num_layers + (plan.vocab_size % size == 0) if size > 1 else 0)
+        found, size, config = self.footprint, len(layout.devices), self.prepared.checkpoint.config
+        used, pages = found.arguments + found.beside_arguments, plan.num_pages * plan.page_bytes // size
+        assert used <= memory.total, f"{self.bucket} takes {used:,} bytes of {memory.total:,}"
+        assert found.aliased >= pages, f"{self.bucket}: {found.aliased:,} bytes are in place, and pages are {pages:,}"
+        limit = (64 if self.bucket.is_decode else 256) * 10**6
+        assert found.temporaries < limit, f"{self.bucket}: {found.temporaries:,} bytes of temporaries, over {limit:,}"
+        moved = found.moved(self.held())
+        assert not moved, f"{self.bucket} moves arrays as large as weights or pages: {_named(moved)}"
+        kinds = {"all-reduce", "all-gather", "all-to-all"} if size > 1 else set()
+        others = [i for i in found.instructions if i.op in COLLECTIVES and i.op not in kinds]
+        assert not others, f"{self.bucket} has other collectives: {_named(others)}"
+        sums = sum(i.times for i in self.sums)
+        expected = 2 * config.num_layers + (plan.vocab_size % size == 0) if size > 1 else 0
+        assert sums == expected, f"{self.bucket}: {sums} sums of hidden states, not {expected}: {_named(self.sums)}"
         dtypes, smallest = {dtype for dtype, _ in self.weights()}, min(map(_num_bytes, self.weights()))
-        assert all(a.num_bytes < smallest for a in footprint.gathered() if a.dtype in dtypes)  # scores are float32
+        gathered = [a for a in found.gathered() if a.dtype in dtypes and a.num_bytes >= smallest]  # scores are float32
+        assert not gathered, f"{self.bucket} gathers arrays as large as weights: {gathered}"
 
     @property
-    def num_sums(self) -> int:
+    def sums(self) -> list[Instruction]:
         """All-reduces of the tokens' hidden states; what is sampled may travel by all-reduce too."""
         hidden = (self.bucket.num_tokens, self.prepared.checkpoint.config.hidden_size)
         sums = (i for i in self.footprint.instructions if i.op == "all-reduce")
-        return sum(i.times for i in sums for array in i.arrays[:1] if array.shape == hidden)
+        return [i for i in sums if i.arrays[0].shape == hidden]
 
     def weights(self) -> list[tuple[str, tuple[int, ...]]]:
         """(HLO dtype, shape) of each matrix as a device holds it, all layers and one."""
@@ -146,6 +148,10 @@ class Step:
         of_pages = self.prepared.programs[self.bucket].args[1].caches
         pages = [(HLO_NAMES[c.dtype.name], c.sharding.shard_shape(c.shape)) for c in of_pages]
         return self.weights() + pages
+
+
+def _named(instructions) -> str:
+    return ", ".join(f"{i.times} x {i.op} {i.arrays[0].dtype}{list(i.arrays[0].shape)}" for i in instructions)
 
 
 def _num_bytes(held):
