@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import cpu, panels
 from pallas_kernels.platform import current_platform
+from pallas_kernels.rotation import rotate
 
 MATRIX_UNIT_ROWS = 32  # a guess: no machine with AMX was at hand to measure
 
@@ -52,10 +53,11 @@ def linear(
 
     Args:
         x_TI: tokens, bfloat16 or float32.
-        kernel: weights `[O, I]`, or gate and up `[2, O, I]`, any float dtype, int8 in [-127, 127], or int4.
+        kernel: weights `[O, I]`, or gate and up `[2, O, I]`, any float dtype, int8 in [-127, 127], or int4. int8 stands
+            for rotated weights: see pallas_kernels.rotation.
         kernel_scale: what one step of an integer kernel is worth. Of an int8 kernel `[O]` or `[2, O]`: tokens are then
-            rounded to int8 too, each by its own largest element, and products are exact. Of an int4 kernel `[O, J]` or
-            `[2, O, J]`, one for each of J groups of inputs: tokens stay as they are.
+            rotated and rounded to int8 too, each by its own largest element, and products are exact. Of an int4 kernel
+            `[O, J]` or `[2, O, J]`, one for each of J groups of inputs: tokens stay as they are.
         kernel_offset: what 0 stands for in an int4 kernel, as kernel_scale has it.
         num_tokens: int32 scalar array: rows at or past it are padding. None when all are real.
         norm_I: weights of an RMS norm of x; norm_offset is added to them (Gemma's 1), norm_eps to the mean square.
@@ -158,7 +160,7 @@ def _product(x_TI, kernel_OI, scale_O, out_dtype):
     if scale_O is None:
         dtype = jnp.promote_types(x_TI.dtype, kernel_OI.dtype)
         return _dot(x_TI.astype(dtype), kernel_OI.astype(dtype), out_dtype)
-    x_TI = x_TI.astype(jnp.float32)
+    x_TI = rotate(x_TI)
     top_T1 = jnp.max(jnp.abs(x_TI), axis=-1, keepdims=True)
     top_T1 = jnp.where(top_T1 > 0, top_T1, 1)
     y_TO = _dot(jnp.round(x_TI * (127 / top_T1)).astype(jnp.int8), kernel_OI, jnp.int32).astype(jnp.float32)

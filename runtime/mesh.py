@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from converters.place import sharding_of
 from models.layers.linear import group_size
 from models.parallel import Split, split_over
+from pallas_kernels.rotation import block_size
 from runtime.errors import ConfigError
 from runtime.machine import Machine
 from runtime.step_state import StepState
@@ -110,7 +111,7 @@ def fit(config: Any, tensor_parallel_size: int, quantization: str | None = None)
     """The model's config on so many devices: with as many kv heads as devices where it has fewer.
 
     Args:
-        quantization: "int4" weights are split between groups, never within one.
+        quantization: "int4" weights are split between groups, and "int8" between rotated blocks, never within one.
 
     Raises:
         ConfigError: a dimension cannot be divided; the message names the sizes that can.
@@ -143,10 +144,11 @@ def _misfits(config, size, quantization):
         f"{kv_heads} kv heads": kv_heads % size == 0 or size % kv_heads == 0,
         f"{config.ffn_size} feed-forward units": config.ffn_size % size == 0,
     }
-    if quantization == "int4":
+    if quantization is not None:
+        kind, size_of = ("groups", group_size) if quantization == "int4" else ("rotated blocks", block_size)
         for name, num_in in (("attended", config.num_heads * config.head_dim), ("feed-forward", config.ffn_size)):
-            group = group_size(num_in)
-            dimensions[f"{num_in // group} groups of {group} {name} inputs"] = num_in // group % size == 0
+            part = size_of(num_in)
+            dimensions[f"{num_in // part} {kind} of {part} {name} inputs"] = num_in // part % size == 0
     return [name for name, fits in dimensions.items() if not fits]
 
 

@@ -1,7 +1,8 @@
 """Weights rounded to few bits when they are loaded, without data to try them on.
 
-int8: one scale an output, the largest element becoming 127. int4: a scale and an offset for each group of a row's
-inputs, those of several that leave the smallest squared error.
+int8: rotated, so that no input of a layer stands out (pallas_kernels.rotation), with one scale an output, the largest
+element becoming 127. int4: a scale and an offset for each group of a row's inputs, those of several that leave the
+smallest squared error.
 
 Source: for int8 vector-wise rounding of Dettmers et al. 2022, arXiv 2208.07339, section 2, without outliers kept
 apart. For int4 groups as in Frantar et al. 2022, arXiv 2210.17323, section 4, each with its own search.
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from models.layers.linear import group_size
+from pallas_kernels.rotation import rotate_rows
 
 TINY = np.finfo(np.float32).tiny
 # How much of a group's range the 16 steps span at first: what lies outside is cut off, which the rest may gain by.
@@ -21,7 +23,8 @@ BLOCK = 2**17  # elements worked on at once: they and what is made from them sta
 
 
 def to_int8(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rows, float32[..., in], as int8, and their scales, float32[...]. The rows given are used up."""
+    """The rows, float32[..., in], rotated, as int8, and their scales, float32[...]."""
+    rows = rotate_rows(rows)
     scales = np.maximum(np.maximum(rows.max(-1), -rows.min(-1)), TINY) / 127
     rows /= scales[..., None]
     return np.rint(rows, out=rows).astype(np.int8), scales

@@ -88,6 +88,7 @@ def _identity(checkpoint, plan) -> str:
 def _converter_digest() -> str:
     root = Path(__file__).resolve().parent.parent
     sources = [*(root / "converters").rglob("*.py"), *(root / "models").rglob("*.py")]
+    sources.append(root / "pallas_kernels" / "rotation.py")
     sources += [root / "runtime" / name for name in ("quantise.py", "kept_weights.py", "weights.py")]
     digest = hashlib.sha256()
     for path in sorted(sources):

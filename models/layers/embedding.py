@@ -11,6 +11,7 @@ from models import parallel
 from models.layers.linear import int8_form
 from pallas_kernels import panels
 from pallas_kernels.linear import linear
+from pallas_kernels.rotation import rotate
 
 
 class Embedding(nnx.Module):
@@ -39,7 +40,7 @@ class Embedding(nnx.Module):
             token_ids_T = jnp.where(mine_T, rows_T, 0)
         x_TD = panels.rows(table_VD, token_ids_T) if self.in_panels else table_VD[token_ids_T]
         if self.table_scale is not None:
-            x_TD = x_TD.astype(jnp.float32) * self.table_scale[...][token_ids_T][:, None]
+            x_TD = rotate(x_TD.astype(jnp.float32) * self.table_scale[...][token_ids_T][:, None])
         if split is not None:  # the other devices add zeros
             x_TD = parallel.add_up(jnp.where(mine_T[:, None], x_TD, 0), split)
         return x_TD if dtype is None else x_TD.astype(dtype)

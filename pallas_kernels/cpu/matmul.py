@@ -20,9 +20,11 @@ import numpy as np
 from pallas_kernels.cpu import arrays, ffi, panels, threads, tiles
 from pallas_kernels.cpu import vectors as v
 from pallas_kernels.cpu.ffi import BF16, S8
+from pallas_kernels.cpu.rotation import rotate_block
 from pallas_kernels.panels import OUTS
+from pallas_kernels.rotation import BLOCK
 
-TARGET, CHUNK = "jax_serving_cpu_linear_3", "jax_serving_cpu_linear_chunk_3"
+TARGET, CHUNK = "jax_serving_cpu_linear_4", "jax_serving_cpu_linear_chunk_4"
 BLOCK_BYTES = 65536  # of weights a chunk: what the second-level cache holds beside the tokens
 STREAM_BYTES = 262144  # the same for tokens that fit one tile: weights then pass by once
 PANEL_BYTES = 196608  # of widened tokens a block
@@ -164,7 +166,9 @@ def _read(job, token, line):
 
 @_compiled
 def _quantise(line, inputs, target):
-    """float32 to int8 in [-127, 127], or 128 more than that; returns what one step is worth."""
+    """float32, rotated, to int8 in [-127, 127], or 128 more than that; returns what one step is worth."""
+    for i in range(0, inputs, BLOCK):
+        rotate_block(line + 4 * i)
     low, high = v.splat(0.0), v.splat(0.0)
     for i in range(0, inputs, v.LANES):
         value = v.load_v(line + 4 * i)
@@ -361,7 +365,7 @@ def chunk(job, index, thread):
 def supports(x_TI, kernel) -> bool:
     floats, I = (jnp.float32, jnp.bfloat16), x_TI.shape[1]
     if kernel.dtype == jnp.int8:
-        known = v.HAS_AVX2 and I % (64 if BYTES else 32) == 0
+        known = v.HAS_AVX2 and I % BLOCK == 0
     elif kernel.dtype == jnp.bfloat16 and PAIRS:
         known = x_TI.dtype == jnp.bfloat16 and I % 32 == 0  # float32 tokens are not rounded
     else:

@@ -207,6 +207,7 @@ def arguments() -> argparse.Namespace:
     add("model", None)
     add("dtype", "bfloat16")
     add("serve-args", "")
+    add("quantizations", "int8,int4")
     add("vocab", 49_152, int)
     add("timeout", 600, float)
     add("peer-python", None)
@@ -228,11 +229,12 @@ def main() -> int:
     measured = {args.dtype: measure_ours(args.dtype, [*flags, *NO_DRAFTS], args, wanted)}
     alone = [shape for shape in wanted if shape.level == 1]
     measured["drafts"] = measure_ours(f"{args.dtype}, drafting as it does by default", flags, args, alone)
-    try:
-        measured["int8"] = measure_ours("int8", [*flags, *NO_DRAFTS, "--quantization", "int8"], args, wanted)
-    except RuntimeError as error:
-        said = [line for line in str(error).splitlines() if line.startswith("error:")]
-        print(f"left out: {said[-1] if said else error}")
+    for method in filter(None, args.quantizations.split(",")):
+        try:
+            measured[method] = measure_ours(method, [*flags, *NO_DRAFTS, "--quantization", method], args, wanted)
+        except RuntimeError as error:
+            said = [line for line in str(error).splitlines() if line.startswith("error:")]
+            print(f"left out: {said[-1] if said else error}")
     names = list(measured)
     if args.peer_python:
         measured["peer"] = measure_peer(args, wanted)

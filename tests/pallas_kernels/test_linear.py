@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import cpu, panels
 from pallas_kernels.cpu import matmul
 from pallas_kernels.linear import linear
+from pallas_kernels.rotation import rotate
 
 needs_cpu_kernels = pytest.mark.skipif(not cpu.is_available(), reason="needs Linux and numba")
 
@@ -130,16 +131,25 @@ def test_padding_costs_and_changes_nothing():
 
 def eight_bit(*shape):
     """A kernel of int8 and its scales."""
-    kernel = random(*shape)
+    kernel = rotate(random(*shape))
     scale = jnp.max(jnp.abs(kernel), axis=-1) / 127
     return jnp.round(kernel / scale[..., None]).astype(jnp.int8), scale
 
 
 def test_int8_kernels_come_close_to_what_they_stand_for():
     x_TI, (kernel_OI, scale_O) = random(5, 64), eight_bit(40, 64)
-    exact_TO = x_TI @ (kernel_OI * scale_O[:, None]).T
+    exact_TO = x_TI @ rotate(kernel_OI * scale_O[:, None]).T
     y_TO = linear(x_TI, kernel_OI, kernel_scale=scale_O, implementation="reference")
     assert 0 < np.abs(y_TO - exact_TO).max() < 0.02 * np.abs(exact_TO).max()
+
+
+@pytest.mark.parametrize("implementation", ["reference", pytest.param("cpu", marks=needs_cpu_kernels)])
+def test_int8_layers_bear_an_input_that_stands_out(implementation):
+    """Without a rotation all others would round to nothing."""
+    x_TI, (kernel_OI, scale_O) = random(5, 256).at[:, 70].set(300), eight_bit(40, 256)
+    exact_TO = x_TI @ rotate(kernel_OI * scale_O[:, None]).T
+    y_TO = linear(x_TI, kernel_OI, kernel_scale=scale_O, implementation=implementation)
+    assert np.abs(y_TO - exact_TO).max() < 4
 
 
 @needs_cpu_kernels
@@ -150,8 +160,9 @@ def test_int8_cpu_kernel_matches_the_reference(T, I, out, fused):
     options = {"kernel_scale": scale * I**-0.5} | (around(T, I, out) if fused else {})
     want_TO = linear(x_TI, kernel, implementation="reference", **options)
     got_TO = linear(x_TI, kernel, implementation="cpu", **options)
-    # A norm's last bit can move an element that lies between two steps to the other one.
-    np.testing.assert_allclose(got_TO, want_TO, atol=0.05 if fused else 1e-5)
+    # The last bit of a norm or of a rotation can move an element that lies between two steps to the other one.
+    np.testing.assert_allclose(got_TO, want_TO, atol=0.05)
+    assert np.isclose(got_TO, want_TO, atol=1e-5).mean() > (0.5 if fused else 0.95)
     if fused:
         options["residual_TO"] = options["residual_TO"][:1]
     np.testing.assert_array_equal(linear(x_TI[:1], kernel, implementation="cpu", **options), got_TO[:1])
@@ -160,9 +171,10 @@ def test_int8_cpu_kernel_matches_the_reference(T, I, out, fused):
 @needs_cpu_kernels
 def test_int8_products_are_exact_at_the_extremes():
     signs = jnp.asarray(np.random.default_rng(0).choice([-127, 127], (24, 64)), jnp.int8)
-    x_TI = signs[:3].astype(jnp.float32)
+    x_TI = rotate(signs[:3].astype(jnp.float32))
     y_TO = linear(x_TI, signs, kernel_scale=jnp.ones(24), implementation="cpu")
-    np.testing.assert_array_equal(y_TO, np.asarray(x_TI, np.int64) @ np.asarray(signs, np.int64).T)
+    exact_TO = np.asarray(signs[:3], np.int64) @ np.asarray(signs, np.int64).T
+    np.testing.assert_allclose(y_TO, exact_TO, rtol=1e-5, atol=0.1)  # one step off would be 127
 
 
 @pytest.mark.parametrize("dtype, atol", [(jnp.float32, 1e-4), (jnp.bfloat16, 0.1)], ids=["f32", "bf16"])

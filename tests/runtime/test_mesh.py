@@ -120,13 +120,15 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(size, message):
     assert message in str(refused.value) and "(of 1, 2, 4, 8, 16, 32)" in str(refused.value)
 
 
-def test_int4_groups_are_not_cut_by_a_mesh():
-    config = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=9 * 32 * 4, head_dim=128)
-    message = "tensor_parallel_size 8 does not divide 36 groups of 32 feed-forward inputs; 4 does (of 1, 2, 4)"
+@pytest.mark.parametrize("method, parts", [("int4", "groups of 32"), ("int8", "rotated blocks of 64")])
+def test_inputs_that_are_rounded_together_are_not_cut_by_a_mesh(method, parts):
+    size = int(parts.split()[-1])
+    config = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=9 * size * 4, head_dim=128)
+    message = f"tensor_parallel_size 8 does not divide 36 {parts} feed-forward inputs; 4 does (of 1, 2, 4)"
     with pytest.raises(ConfigError) as refused:
-        mesh.fit(config, 8, "int4")
+        mesh.fit(config, 8, method)
     assert message in str(refused.value)
-    assert mesh.fit(config, 8, "int8") is config
+    assert mesh.fit(config, 4, method) is mesh.fit(config, 8) is config
 
 
 @dataclasses.dataclass(eq=False)
