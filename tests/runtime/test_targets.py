@@ -62,7 +62,11 @@ def test_the_host_itself_would_look_for_what_was_built(tmp_path, monkeypatch, ca
         ),
         ("Llama-3-8B", ["--target", "v5e-1"], ["--quantization int8 or v5e-4 would hold it"]),
         ("Llama-3-8B", ["--target", "v6e-8", "-tp", "3"], ["tensor_parallel_size 3 does not divide", "; 2 does"]),
-        ("Llama-3-8B", ["--target", "v6e-4", "-tp", "8"], ["needs as many devices, and in v6e-4 are 4 TPU v6 lite"]),
+        (
+            "Llama-3-8B",
+            ["--target", "v6e-4", "-tp", "8"],
+            ["needs 8 devices, and in v6e-4 are 4 of kind TPU v6 lite", "tensor_parallel_size 4 works"],
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_what_can(model, words, said, tmp_path, capsys):
