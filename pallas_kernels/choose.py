@@ -35,7 +35,7 @@ _ADDED = 256  # A: 2**22 a weight, 2**30 a sum
 _GROUP = 256  # G: two short running sums instead of one over the vocabulary
 
 
-def choose(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, bits_S, *, implementation=None):
+def choose(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, bits_S, num_rows=None, *, implementation=None):
     """Chooses a token for each row.
 
     Args:
@@ -43,10 +43,12 @@ def choose(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, bits_S, *, imple
         temperature_S: float32; 0 takes the likeliest token, the first of equals.
         top_k_S: int32, 0 is off. top_p_S: float32, 0 and 1 are off. min_p_S: float32, 0 is off.
         bits_S: uint32, uniform; all the randomness there is.
+        num_rows: int32 scalar array: rows at or past it are padding, and come out as anything. None when all are real.
         implementation: a name in IMPLEMENTATIONS, or None for the fastest here.
 
     Returns:
-        (token_S, best_S, cutoff_S): the token, the row's highest logit, and the largest distance kept.
+        (token_S, best_S, cutoff_S, is_finite_S): the token, the row's highest logit, the largest distance kept, and
+        whether every logit of the row is a finite number.
 
     Raises:
         ValueError: the vocabulary is above MAX_VOCABULARY, or the implementation is unknown.
@@ -58,7 +60,7 @@ def choose(logits_SV, temperature_S, top_k_S, top_p_S, min_p_S, bits_S, *, imple
         raise ValueError(f"unknown implementation {name!r}; choose one of {sorted(IMPLEMENTATIONS)}")
     # abs, for -log(1) is minus zero, whose bits are not those of zero
     cutoff_S = jnp.where(min_p_S > 0, jnp.abs(jnp.log(min_p_S)), EVERYTHING)
-    return IMPLEMENTATIONS[name](logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S)
+    return IMPLEMENTATIONS[name](logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, num_rows)
 
 
 def _fastest() -> str:
@@ -68,10 +70,12 @@ def _fastest() -> str:
     return "reference" if platform == "tpu" else "wide"
 
 
-def reference(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, *, search=None):
+def reference(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, num_rows=None, *, search=None):
     """Plain jnp, all rows at once; what no row asks for is skipped. cutoff_S is min_p's, `search` finds the others."""
     best_S, likeliest_S = best(logits_SV)
-    random_S = temperature_S > 0
+    sum_S = logits_SV.sum(-1)  # sees NaN and both infinities; a maximum may miss NaN
+    # What is not a number is within no cutoff, and the search for one would take its time.
+    random_S = (temperature_S > 0) & (sum_S < jnp.inf)
 
     def at_random():
         distance_SV = distances(logits_SV, best_S, jnp.where(random_S, temperature_S, 1.0))
@@ -82,7 +86,7 @@ def reference(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, *, s
         return jnp.where(random_S, draw(distance_SV, weight_SV, kept_S, bits_S), likeliest_S), kept_S
 
     token_S, kept_S = lax.cond(random_S.any(), at_random, lambda: (likeliest_S, cutoff_S))
-    return token_S, best_S, jnp.where(random_S, kept_S, EVERYTHING)
+    return token_S, best_S, jnp.where(random_S, kept_S, EVERYTHING), jnp.isfinite(sum_S)
 
 
 def wide(*arguments):
@@ -90,12 +94,12 @@ def wide(*arguments):
     return reference(*arguments, search=_smallest_of_many)
 
 
-def cpu_kernel(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S):
-    """The same, a row at a time; see pallas_kernels.cpu.choosing."""
+def cpu_kernel(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, num_rows):
+    """The same, a row at a time, and whether it is finite; see pallas_kernels.cpu.choosing."""
     from pallas_kernels.cpu import choosing
 
     threads = cpu.register().num_threads
-    return choosing.choose(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, num_threads=threads)
+    return choosing.choose(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, num_rows, num_threads=threads)
 
 
 def best(logits_SV) -> tuple[jax.Array, jax.Array]:

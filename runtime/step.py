@@ -79,6 +79,7 @@ def _make_mixed(graph: Any, bucket: Bucket, plan: EnginePlan) -> Callable:
             slots_S,
             history_XU,
             mask_SW,
+            num_rows=num_rows,
             max_logprobs=plan.num_logprobs,
             logprobs_mode=plan.logprobs_mode,
         )

@@ -56,6 +56,7 @@ class Rows:
             slots,
             w.history_XU,
             mask,
+            num_rows=num,
             max_logprobs=self.plan.num_logprobs,
             logprobs_mode=self.plan.logprobs_mode,
         )

@@ -19,7 +19,7 @@ from numba import types
 from pallas_kernels.cpu import ffi, threads
 from pallas_kernels.cpu import vectors as v
 
-TARGET, CHUNK = "jax_serving_cpu_choose_1", "jax_serving_cpu_choose_chunk_1"
+TARGET, CHUNK = "jax_serving_cpu_choose_2", "jax_serving_cpu_choose_chunk_2"
 STEP = 4 * v.LANES  # tokens a turn of the loops: four sums at once hide the latency of each
 BLOCK = 8 * STEP
 EVERYTHING = np.float32(3.4028235e38)
@@ -38,9 +38,10 @@ NEAR = np.float32(64.0)
     TOKEN_OUT,
     BEST_OUT,
     CUTOFF_OUT,
+    FINITE_OUT,
     SCRATCH,
     SCRATCH_STRIDE,
-) = range(0, 8 * 12, 8)
+) = range(0, 8 * 13, 8)
 HEAD_WORDS = 64  # float32 words of scratch before the threads' own
 THREAD_WORDS = STEP  # words at the head of a thread's scratch: the end of its row, padded
 
@@ -89,32 +90,34 @@ def _value(b, bits):
 
 @_compiled
 def _best(x, end, size):
-    """The highest logit and the first place that has it. `end` holds the last part of the row, padded."""
+    """The highest logit, the first place that has it, and the sum of all. `end` holds the row's last part, padded."""
     whole = size // STEP * STEP
     best, block = numba.float32(-np.inf), 0
-    lowest = v.splat(-np.inf)
+    lowest, zero = v.splat(-np.inf), v.splat(0.0)
+    r, s, t, u = zero, zero, zero, zero  # sums
     start = 0
     while start < whole:
         stop = min(start + BLOCK, whole)
         a, b, c, d = lowest, lowest, lowest, lowest
         for i in range(start, stop, STEP):
             at = x + 4 * i
-            a = v.maximum(v.load_v(at), a)
-            b = v.maximum(v.load_v(at + v.WIDTH), b)
-            c = v.maximum(v.load_v(at + 2 * v.WIDTH), c)
-            d = v.maximum(v.load_v(at + 3 * v.WIDTH), d)
+            w, x1, y, z = v.load_v(at), v.load_v(at + v.WIDTH), v.load_v(at + 2 * v.WIDTH), v.load_v(at + 3 * v.WIDTH)
+            a, b, c, d = v.maximum(w, a), v.maximum(x1, b), v.maximum(y, c), v.maximum(z, d)
+            r, s, t, u = v.add(r, w), v.add(s, x1), v.add(t, y), v.add(u, z)
         high = v.largest(v.maximum(v.maximum(a, b), v.maximum(c, d)))
         if high > best:
             best, block = high, start
         start = stop
+    total = v.total(v.add(v.add(r, s), v.add(t, u)))
     for i in range(size - whole):
         high = v.load_f32(end + 4 * i)
+        total += high
         if high > best:
             best, block = high, whole
     for i in range(block, min(block + BLOCK, size)):
         if v.load_f32(x + 4 * i) == best:
-            return best, i
-    return best, 0
+            return best, i, total
+    return best, 0, total
 
 
 @_compiled
@@ -212,10 +215,10 @@ def _row(job, row, own):
     whole, padded = size // STEP * STEP, (size + STEP - 1) // STEP * STEP
     for i in range(STEP):
         v.store_f32(own + 4 * i, v.load_f32(x + 4 * (whole + i)) if whole + i < size else numba.float32(-np.inf))
-    best, token = _best(x, own, size)
+    best, token, total = _best(x, own, size)
     cutoff = EVERYTHING
     temperature = v.load_f32(v.load_i64(job + TEMPERATURE) + 4 * row)
-    if temperature > 0 and -EVERYTHING <= best <= EVERYTHING:
+    if temperature > 0 and -EVERYTHING <= best <= EVERYTHING and total <= EVERYTHING:
         cutoff = v.load_f32(v.load_i64(job + CUTOFF) + 4 * row)
         top_k = v.load_i32(v.load_i64(job + TOP_K) + 4 * row)
         top_p = v.load_f32(v.load_i64(job + TOP_P) + 4 * row)
@@ -234,23 +237,29 @@ def _row(job, row, own):
     v.store_i32(v.load_i64(job + TOKEN_OUT) + 4 * row, token)
     v.store_f32(v.load_i64(job + BEST_OUT) + 4 * row, best)
     v.store_f32(v.load_i64(job + CUTOFF_OUT) + 4 * row, cutoff)
+    # A sum sees NaN and both infinities; a maximum may miss NaN.
+    v.store_i32(v.load_i64(job + FINITE_OUT) + 4 * row, 1 if -EVERYTHING <= total <= EVERYTHING else 0)
 
 
 @_compiled
 def _start(frame):
-    """Arguments: logits, temperature, top_k, top_p, cutoff, bits; results: token, best, cutoff, scratch."""
-    scratch = ffi.result(frame, 3)
+    """Arguments: logits, temperature, top_k, top_p, cutoff, bits, num_rows; results: token, best, cutoff, finite,
+    scratch."""
+    scratch = ffi.result(frame, 4)
     job = ffi.data(scratch)
     fields = (LOGITS, TEMPERATURE, TOP_K, TOP_P, CUTOFF, BITS)
     for i in range(6):
         v.store_i64(job + fields[i], ffi.data(ffi.argument(frame, i)))
-    for i in range(3):
-        v.store_i64(job + (TOKEN_OUT, BEST_OUT, CUTOFF_OUT)[i], ffi.data(ffi.result(frame, i)))
+    for i in range(4):
+        v.store_i64(job + (TOKEN_OUT, BEST_OUT, CUTOFF_OUT, FINITE_OUT)[i], ffi.data(ffi.result(frame, i)))
     v.store_i64(job + VOCABULARY, ffi.dim(ffi.argument(frame, 0), 1))
     max_threads = ffi.int_attribute(frame, 0)
     v.store_i64(job + SCRATCH, job + 4 * HEAD_WORDS)
     v.store_i64(job + SCRATCH_STRIDE, 4 * ((ffi.dim(scratch, 0) - HEAD_WORDS) // max_threads))
-    threads.run(chunk_address(), job, ffi.dim(ffi.argument(frame, 0), 0), max_threads)
+    rows, num_rows = ffi.dim(ffi.argument(frame, 0), 0), v.load_i32(ffi.data(ffi.argument(frame, 6)))
+    for row in range(num_rows, rows):
+        v.store_i32(ffi.data(ffi.result(frame, 0)) + 4 * row, 0)
+    threads.run(chunk_address(), job, min(rows, num_rows), max_threads)
 
 
 def handle(frame):
@@ -264,17 +273,19 @@ def chunk(job, row, thread):
     return 0
 
 
-def choose(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, *, num_threads):
+def choose(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, num_rows, *, num_threads):
     """See `pallas_kernels.choose.choose`; cutoff_S is min_p's, num_threads the most that may work on it."""
     S, V = logits_SV.shape
+    num_rows = jnp.int32(S) if num_rows is None else num_rows
     words = THREAD_WORDS + 2 * (-(-V // STEP) * STEP)
-    token_S, best_S, cutoff_S, _ = jax.ffi.ffi_call(
+    token_S, best_S, cutoff_S, finite_S, _ = jax.ffi.ffi_call(
         TARGET,
         [
             jax.ShapeDtypeStruct((S,), jnp.int32),
             jax.ShapeDtypeStruct((S,), jnp.float32),
             jax.ShapeDtypeStruct((S,), jnp.float32),
+            jax.ShapeDtypeStruct((S,), jnp.int32),
             jax.ShapeDtypeStruct((HEAD_WORDS + num_threads * words,), jnp.float32),
         ],
-    )(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, threads=np.int32(num_threads))
-    return token_S, best_S, cutoff_S
+    )(logits_SV, temperature_S, top_k_S, top_p_S, cutoff_S, bits_S, num_rows, threads=np.int32(num_threads))
+    return token_S, best_S, cutoff_S, finite_S != 0

@@ -51,6 +51,7 @@ def sample(
     history_XU: jax.Array,
     mask_SW: jax.Array,
     *,
+    num_rows: jax.Array | None = None,
     max_logprobs: int,
     logprobs_mode: str = "raw_logprobs",
 ) -> Sampled:
@@ -65,12 +66,13 @@ def sample(
         tables, slots_S: rarely used settings, and each row's place in them and in the history.
         history_XU: int32 tokens by position, read up to num_known_S where a setting looks back.
         mask_SW: uint32 bits, read for rows with the MASK flag.
+        num_rows: int32 scalar: rows at or past it are padding, and come out as anything. None when all are real.
         max_logprobs: J, static.
         logprobs_mode: static: "raw_" is before any setting, "processed_" after all of them;
             "_logits" are reported without normalising.
     """
     rows = knobs, tables, slots_S, history_XU, mask_SW
-    token_S, is_faulty_S, cutoff_S = pick(logits_SV, *rows)
+    token_S, is_faulty_S, cutoff_S = pick(logits_SV, *rows, num_rows=num_rows)
     described = lax.cond(
         knobs.has(LOGPROBS).any(),
         lambda: describe(logits_SV, token_S, cutoff_S, *rows, max_logprobs=max_logprobs, logprobs_mode=logprobs_mode),
@@ -79,16 +81,15 @@ def sample(
     return Sampled(token_S, is_faulty_S, *described)
 
 
-def pick(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW):
+def pick(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, num_rows=None):
     """(token_S, is_faulty_S, cutoff_S): the first half of `sample`, and the largest distance from the best kept."""
-    is_finite_S = _is_finite_S(logits_SV)
     adjusted = lambda: adjust(logits_SV, knobs, tables, slots_S, history_XU, mask_SW)
     if current_platform() != "cpu":
-        return _choose(adjusted(), is_finite_S, knobs)
+        return _choose(adjusted(), knobs, num_rows, _is_finite_S(logits_SV))
     return lax.cond(  # two programs: there they are small, and a cond that gives the logits back copies
         needs_adjusting_S(knobs).any(),
-        lambda: _choose(adjusted(), is_finite_S, knobs),
-        lambda: _choose(logits_SV, is_finite_S, knobs),
+        lambda: _choose(adjusted(), knobs, num_rows, _is_finite_S(logits_SV, num_rows)),
+        lambda: _choose(logits_SV, knobs, num_rows),
     )
 
 
@@ -130,17 +131,21 @@ def finished(token_S, knobs: Knobs, tables: Tables, slots_S) -> jax.Array:
     return stops_S | ((knobs.max_tokens_S > 0) & (knobs.num_generated_S + 1 >= knobs.max_tokens_S))
 
 
-def _is_finite_S(logits_SV):
+def _is_finite_S(logits_SV, num_rows=None):
+    if current_platform() == "cpu":  # to look for the likeliest tells as well, and of real rows alone
+        floats_S, ints_S, bits_S = (jnp.zeros(len(logits_SV), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
+        return choose(logits_SV, floats_S, ints_S, floats_S, floats_S, bits_S, num_rows)[3]
     return jnp.isfinite(logits_SV.sum(-1))  # a sum sees NaN and both infinities; a maximum may miss NaN
 
 
-def _choose(logits_SV, is_finite_S, knobs: Knobs):
-    """(token_S, is_faulty_S, cutoff_S) from adjusted logits."""
+def _choose(logits_SV, knobs: Knobs, num_rows, is_finite_S=None):
+    """(token_S, is_faulty_S, cutoff_S); is_finite_S is whether the logits were finite before they were adjusted."""
     k = knobs
-    # A faulty row is made greedy: not a number is within no cutoff, and the search for one would take its time.
-    temperature_S = jnp.where(k.is_random_S & is_finite_S, k.temperature_S, 0.0)
+    temperature_S = jnp.where(k.is_random_S, k.temperature_S, 0.0)
     bits_S = random_bits(k.seed_high_S, k.seed_low_S, k.num_generated_S)
-    token_S, best_S, cutoff_S = choose(logits_SV, temperature_S, k.top_k_S, k.top_p_S, k.min_p_S, bits_S)
+    settings = temperature_S, k.top_k_S, k.top_p_S, k.min_p_S
+    token_S, best_S, cutoff_S, finite_S = choose(logits_SV, *settings, bits_S, num_rows)
+    is_finite_S = finite_S if is_finite_S is None else is_finite_S
     return token_S, ~(is_finite_S & jnp.isfinite(best_S)), cutoff_S
 
 

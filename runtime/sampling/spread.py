@@ -23,11 +23,13 @@ from runtime.sampling.sampler import Sampled, describe, likeliest, pick, sample,
 ROWS = {"tpu": 8, "gpu": 16}
 
 
-def sample_spread(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, **options) -> Sampled:
+def sample_spread(
+    logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, num_rows=None, **options
+) -> Sampled:
     """As `sample`, of this device's part of the vocabulary; every device gets what all rows sampled."""
     split = parallel.splits("vocab")
     if split is None:
-        return sample_in_turns(logits_SV, knobs, tables, slots_S, history_XU, mask_SW, **options)
+        return sample_in_turns(logits_SV, knobs, tables, slots_S, history_XU, mask_SW, num_rows=num_rows, **options)
     S = len(logits_SV)
     padding = -S % split.size
     mine = (S + padding) // split.size
@@ -43,8 +45,9 @@ def sample_spread(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW,
 
 
 def sample_in_turns(
-    logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, max_logprobs, logprobs_mode, rows=None
-) -> Sampled:
+    logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *,
+    max_logprobs, logprobs_mode, num_rows=None, rows=None,
+) -> Sampled:  # fmt: skip
     """As `sample`, so many rows at a time; all at once where each wants its likeliest token and nothing else.
 
     Args:
@@ -53,7 +56,7 @@ def sample_in_turns(
     rows = rows or ROWS.get(current_platform(), len(slots_S))
     options = {"max_logprobs": max_logprobs, "logprobs_mode": logprobs_mode}
     if len(slots_S) <= rows or len(slots_S) % rows:
-        return sample(logits_SV, knobs, tables, slots_S, history_XU, mask_SW, **options)
+        return sample(logits_SV, knobs, tables, slots_S, history_XU, mask_SW, num_rows=num_rows, **options)
     by_row = slots_S, knobs, mask_SW
 
     def turns(part, *more):

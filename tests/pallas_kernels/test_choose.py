@@ -63,7 +63,7 @@ def test_it_keeps_and_draws_what_a_sort_does(implementation, V, batches):
         logits_SV, wishes = random_rows(rng, S, V)
         bits_S = rng.integers(0, 2**32, S, dtype=np.uint32)
         settings = [[getattr(w, name) for w in wishes] for name in ("temperature", "top_k", "top_p", "min_p")]
-        token_S, best_S, cutoff_S = run(implementation, logits_SV, *settings, bits_S)
+        token_S, best_S, cutoff_S, _ = run(implementation, logits_SV, *settings, bits_S)
         kept_SV = kept_by(logits_SV, np.array(settings[0], np.float32), cutoff_S)
         np.testing.assert_array_equal(best_S, logits_SV.max(-1))
         for s, wish in enumerate(wishes):
@@ -85,7 +85,7 @@ def test_greedy_takes_the_first_of_the_highest(implementation, V):
     logits_SV[3] = -np.inf
     logits_SV[3, V - 1] = -7.0
     logits_SV[4] = np.where(np.arange(V) % 2, 0.0, -0.0)
-    token_S, _, cutoff_S = run(implementation, logits_SV, 0.0, 5, 0.5, 0.5)
+    token_S, _, cutoff_S, _ = run(implementation, logits_SV, 0.0, 5, 0.5, 0.5)
     np.testing.assert_array_equal(token_S, logits_SV.argmax(-1))
     assert (cutoff_S == np.float32(EVERYTHING)).all()
 
@@ -93,7 +93,9 @@ def test_greedy_takes_the_first_of_the_highest(implementation, V):
 @every_implementation
 def test_equals_at_the_cutoff_are_all_kept(implementation):
     logits_SV = np.array([[0, 2, 1, 1, 1, 0, 2, -1]] * 6, np.float32)
-    _, _, cutoff_S = run(implementation, logits_SV, 1.0, [1, 2, 3, 0, 0, 0], [0, 0, 0, 0.1, 0.8, 0], [0, 0, 0, 0, 0, 1])
+    _, _, cutoff_S, _ = run(
+        implementation, logits_SV, 1.0, [1, 2, 3, 0, 0, 0], [0, 0, 0, 0.1, 0.8, 0], [0, 0, 0, 0, 0, 1]
+    )
     kept_SV = kept_by(logits_SV, np.ones(6, np.float32), cutoff_S)
     assert kept_SV.sum(-1).tolist() == [2, 2, 5, 2, 5, 2]
     assert kept_SV[2].tolist() == [False, True, True, True, True, False, True, False]
@@ -106,7 +108,7 @@ def test_extremes_stay_inside_the_allowed_tokens(implementation):
     logits_SV[:, 50] = [-3e38, -1e30, -1e30, 1e-40, 1e-30, 100, -3e38, 5]
     for bits in (0, 2**31, 2**32 - 1):
         for temperature, top_k, top_p in ((1e-5, 0, 0), (1e30, 2, 0.999), (1, 97, 1e-30), (0.01, 1, 0)):
-            token_S, _, _ = run(implementation, logits_SV, temperature, top_k, top_p, 0, bits)
+            token_S, *_ = run(implementation, logits_SV, temperature, top_k, top_p, 0, bits)
             assert set(token_S.tolist()) <= {13, 50}
 
 
@@ -137,6 +139,20 @@ def test_rows_that_are_not_numbers_disturb_nobody(implementation):
     for mine, theirs in zip(dirty, clean, strict=True):
         np.testing.assert_array_equal(mine[others], theirs[others])
     assert ((dirty[0] >= 0) & (dirty[0] < 97)).all()
+    assert clean[3].all() and dirty[3].tolist() == [True, True, False, True, True, False, False, True]
+
+
+@every_implementation
+def test_what_is_past_the_rows_disturbs_nobody(implementation):
+    logits_SV = np.random.default_rng(8).standard_normal((8, 300)).astype(np.float32)
+    settings = [
+        np.full(8, value, dtype) for value, dtype in [(0.8, "f4"), (5, "i4"), (0.9, "f4"), (0, "f4"), (9, "u4")]
+    ]
+    whole = compiled(implementation)(logits_SV, *settings)
+    some = compiled(implementation)(logits_SV, *settings, jnp.int32(5))
+    for mine, theirs in zip(some, whole, strict=True):
+        np.testing.assert_array_equal(mine[:5], theirs[:5])
+    assert ((some[0] >= 0) & (some[0] < 300)).all()
 
 
 @every_implementation
@@ -150,7 +166,7 @@ def test_draws_follow_the_probabilities(implementation, top_k, top_p):
     counts_V = np.zeros(97)
     for _ in range(100):
         bits_S = rng.integers(0, 2**32, 512, dtype=np.uint32)
-        token_S, _, _ = run(implementation, np.tile(logits_V, (512, 1)), 0.8, top_k, top_p, 0, bits_S)
+        token_S, *_ = run(implementation, np.tile(logits_V, (512, 1)), 0.8, top_k, top_p, 0, bits_S)
         counts_V += np.bincount(token_S, minlength=97)
     assert counts_V[~kept_V].sum() == 0
     test = scipy.stats.chisquare(counts_V[kept_V], expected_V[kept_V] * counts_V.sum())
