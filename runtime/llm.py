@@ -7,6 +7,7 @@ for answer in llm.generate(["The capital of France is"], SamplingParams(temperat
 
 import dataclasses
 import itertools
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,7 +106,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | list[int] | Sequence[str | list[int]],
+        prompts: str | list[int] | dict | Sequence[str | list[int] | dict],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -113,7 +114,7 @@ class LLM:
         """Continues each prompt; all of them run in one batch, as far as they fit.
 
         Args:
-            prompts: a text, a list of token ids, or several of either.
+            prompts: a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; or several of these.
             params: for all, or one for each prompt; SamplingParams() when None.
 
         Returns:
@@ -122,7 +123,8 @@ class LLM:
         Raises:
             RequestRefused: a prompt or parameter that can never run; none of the prompts is run then.
         """
-        several: Any = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
+        is_one = isinstance(prompts, str | dict) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral))
+        several: Any = [prompts] if is_one else prompts
         each = itertools.repeat(params or SamplingParams()) if not isinstance(params, Sequence) else params
         if isinstance(params, Sequence) and len(params) != len(several):
             raise RequestRefused(f"{len(several)} prompts and {len(params)} params; give one, or one for each")
@@ -168,12 +170,18 @@ class LLM:
             return self.tokenizer.encode(text, add_special_tokens=False)
         return self.tokenizer.encode_spelled(stand_ins.unescape(text), stand_ins, add_special_tokens=False)
 
-    def _prompt(self, prompt: str | list[int]) -> Prompt:
-        if not isinstance(prompt, str):
-            return Prompt(list(prompt))
-        if self.tokenizer is None:
-            raise RequestRefused("this model has no tokenizer; give token ids", param="prompt")
-        return Prompt(self.tokenizer.encode(prompt), prompt)
+    def _prompt(self, prompt: str | list[int] | dict) -> Prompt:
+        content: Any = prompt
+        if isinstance(prompt, dict) and len(prompt) == 1:
+            content = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if isinstance(content, str):
+            if self.tokenizer is None:
+                raise RequestRefused("this model has no tokenizer; give token ids", param="prompt")
+            return Prompt(self.tokenizer.encode(content), content)
+        if isinstance(content, Sequence) and all(isinstance(token, numbers.Integral) for token in content):
+            return Prompt([int(token) for token in content])
+        forms = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}'
+        raise RequestRefused(f"a prompt is {forms}; got {prompt!r:.200}", param="prompt")
 
     def _run(self, requests: list[list[Choice]], use_tqdm: bool) -> list[Generation]:
         answers: dict[Choice, Answer] = {}
