@@ -35,7 +35,6 @@ def fetch(following, offset, num_bytes, block, turn, turns, first, end):
             v.fetch_for_later(token + line)
 
 
-@v.inner
 def unpack(places, following, offset, size, keys, block, k_HU2, v_UH2, fetched, num_bytes, turn, turns):
     """One head's keys to [H / 2, U, 2] and its values to [U / 2, H, 2].
 
@@ -62,3 +61,11 @@ def unpack(places, following, offset, size, keys, block, k_HU2, v_UH2, fetched, 
         first, second = v.load_i64(places + 8 * u) + offset + half, v.load_i64(places + 8 * u + 8) + offset + half
         for h in range(0, size, 32):
             _interleave(first + 2 * h, second + 2 * h, v_UH2 + 4 * (u // 2 * size + h))
+
+
+@v.inner
+def _nothing(places, following, offset, size, keys, block, k_HU2, v_UH2, fetched, num_bytes, turn, turns):
+    """Stands where the CPU has no products of pairs, and is never called."""
+
+
+unpack = v.inner(unpack) if v.HAS_BF16_DOT else _nothing

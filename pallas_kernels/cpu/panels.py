@@ -95,8 +95,13 @@ def _by_tokens(tile, sizes):
     return multiply
 
 
-_pairs = _by_tokens(panel_tile_pairs, TILES) if v.HAS_BF16_DOT else None
-_bytes = _by_tokens(panel_tile_bytes, TILES) if v.HAS_BYTE_DOT else None
+@v.inner
+def _nothing(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
+    """Stands where the CPU has no such product, and is never called."""
+
+
+_pairs = _by_tokens(panel_tile_pairs, TILES) if v.HAS_BF16_DOT else _nothing
+_bytes = _by_tokens(panel_tile_bytes, TILES) if v.HAS_BYTE_DOT else _nothing
 
 
 @v.inner
@@ -125,9 +130,8 @@ def multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch
         tile = _tile(rows - m)
         at_x, at_y = x + m * x_stride, y + m * y_stride
         if dtype == BF16:
-            if v.HAS_BF16_DOT:
-                _pairs(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)
-        elif v.HAS_BYTE_DOT:
+            _pairs(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)
+        else:
             _bytes(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)
         m += tile
         fetch += fetch_step * (count // 4)

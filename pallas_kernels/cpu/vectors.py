@@ -16,12 +16,21 @@ from numba.core import cgutils
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
-_features = llvmlite.binding.get_host_cpu_features()
-HAS_AVX2 = bool(_features.get("avx2"))
-LANES = 16 if _features.get("avx512f") else 8
+
+def _cpu_features() -> set[str]:
+    """What numba compiles for: this CPU, or what NUMBA_CPU_FEATURES names ("+avx2,-avx512f,...")."""
+    chosen = numba.config.CPU_FEATURES
+    if chosen is None:
+        return {name for name, is_there in llvmlite.binding.get_host_cpu_features().items() if is_there}
+    return {word[1:] for word in chosen.split(",") if word.startswith("+")}
+
+
+_features = _cpu_features()
+HAS_AVX2 = "avx2" in _features
+LANES = 16 if "avx512f" in _features else 8
 # Products of pairs of bfloat16, and of fours of bytes, added to a float32 or an int32 in one instruction.
-HAS_BF16_DOT = LANES == 16 and bool(_features.get("avx512bf16"))
-HAS_BYTE_DOT = LANES == 16 and bool(_features.get("avx512vnni"))
+HAS_BF16_DOT = LANES == 16 and "avx512bf16" in _features
+HAS_BYTE_DOT = LANES == 16 and "avx512vnni" in _features
 WIDTH = 4 * LANES  # bytes in a register
 
 
