@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from runtime import formats
 from runtime.kept_steps import KeptSteps, facts_of
 from runtime.machine import Machine
 
@@ -41,10 +42,23 @@ class CompileCounter:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function to compile: `jitted.lower(*args)`, args being shapes that may say where they are."""
+    """A function to compile: `jitted.lower(*args)`, args being shapes that may say where they are.
+
+    Attributes:
+        left_open: the same with the layouts of the first argument, the weights, left to the compiler; see
+            runtime.formats. None where they are the usual ones.
+        chooses: all that are left open get the weights as this one wants them.
+    """
 
     jitted: Callable
     args: tuple
+    left_open: Callable | None = None
+    chooses: bool = False
+
+    def following(self, layouts: formats.Layouts) -> "Program":
+        """The same for weights that lie so."""
+        weights, *rest = self.args
+        return Program(self.jitted, (formats.placed(weights, layouts), *rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +79,12 @@ def build(
     cache_dir: Path | None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
     may_restore: bool = True,
+    choice: formats.Choice | None = None,
 ) -> Built:
     """Restores or compiles every program; returns when all are ready.
+
+    Programs whose weights' layouts are open are compiled beside the one that chooses; they nearly always want the same,
+    and are compiled again where they do not.
 
     Args:
         programs: {key: Program}; str(key) names it in the progress bar and on disk.
@@ -76,6 +94,7 @@ def build(
         cache_dir: folder of entries, see runtime.kept_steps; None keeps nothing.
         progress: called with (name, done, total) as each becomes ready.
         may_restore: False compiles what is kept, too.
+        choice: gets the weights' layouts as soon as they are known.
     """
     start = time.monotonic()
     if cache_dir and jax.config.jax_compilation_cache_dir:
@@ -90,20 +109,32 @@ def build(
     if kept and not restores and (difference := kept.nearest()):
         log.info("compiling for what is here; the steps of this model that are kept differ in: %s", difference)
     table, loaded = {}, 0
+    choice = choice or formats.Choice()
+    in_order = sorted(programs, key=lambda key: not programs[key].chooses)  # so that none waits for what has not begun
+    if not any(program.left_open for program in programs.values()):
+        choice.set_result({})
 
     def one(key, draft):
-        restored = kept.load(key, devices) if kept and restores else None
-        if restored is not None:
-            return restored, True
-        made = compiled(programs[key], machine, devices)
+        program = programs[key]
+        found = kept.load(key, devices) if kept and restores else None
+        if program.chooses:
+            with formats.deciding(choice):
+                made = found or compiled(program, machine, devices)
+                choice.set_result(formats.read_back(made))
+        elif program.left_open:
+            made = found or compiled(program.following(choice.result()) if choice.done() else program, machine, devices)
+            if formats.read_back(made) != choice.result():
+                found, made = None, compiled(program.following(choice.result()), machine, devices)
+        else:
+            made = found or compiled(program, machine, devices)
         if draft:
             draft.save(key, made)
-        return made, False
+        return made, found is not None
 
     with kept.making() if kept and not restores else contextlib.nullcontext() as draft:
         # Tracing holds the interpreter's lock and compiling does not: a few threads keep the cores busy.
         with concurrent.futures.ThreadPoolExecutor(min(8, max(2, os.cpu_count() or 2))) as pool:
-            futures = {pool.submit(one, key, draft): key for key in programs}
+            futures = {pool.submit(one, key, draft): key for key in in_order}
             for future in concurrent.futures.as_completed(futures):
                 table[futures[future]], was_loaded = future.result()
                 loaded += was_loaded
@@ -128,7 +159,7 @@ def are_kept(
 def compiled(program: Program, machine: Machine, devices: Sequence[Any]):
     """The executable of one program for these devices of a machine."""
     with machine.tracing(devices):
-        lowered = program.jitted.lower(*program.args)
+        lowered = (program.left_open or program.jitted).lower(*program.args)
     return lowered.compile({**(compiler_options(machine.platform) or {}), **machine.options} or None)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.load import check_fits
 from pallas_kernels import cpu
-from runtime import agreement, executables, machine, malloc, weights
+from runtime import agreement, executables, formats, machine, malloc, weights
 from runtime.batch import StepBuffer, StepLayout
 from runtime.buckets import Bucket, buckets_for
 from runtime.config import EngineConfig, EnginePlan
@@ -107,19 +107,24 @@ def load(
             ", ".join(f"{name} {value}" for name, value in defaults.items()),
         )
     everywhere = Layout.together([prepared.layout for prepared in replicas])
-    place = functools.partial(
-        weights.on_devices, checkpoint, layout.config, everywhere.tensor, shapes, replicas[0].in_panels
-    )
+    steps = _Steps(replicas, cache_dir and cache_dir / "steps")
+
+    def place():
+        of_model = checkpoint, layout.config, everywhere.tensor, shapes, replicas[0].in_panels
+        wheres = formats.wheres(everywhere.shardings(shapes), steps.soon_known_layouts())
+        return weights.on_devices(*of_model, wheres, plan, cache_dir, progress)
+
     # Reading and hashing hold no lock of Python's, so the steps are made meanwhile.
     with concurrent.futures.ThreadPoolExecutor(1, "weights") as beside:
-        placing = beside.submit(place, everywhere.shardings(shapes), plan, cache_dir, progress)
+        placing = beside.submit(place)
         if plan.platform == "cpu" and cpu.is_available():
             progress("kernels", 0, 1)
             register = cpu.register_int4 if plan.quantization == "int4" else cpu.register
             _timed(seconds, "kernels", register)  # programs from disk refer to them by name
             progress("kernels", 1, 1)
-        tables = _steps(replicas, cache_dir and cache_dir / "steps", progress, seconds)
+        tables = steps.make(progress, seconds)
         placed = _timed(seconds, "weights", placing.result)
+    placed = _timed(seconds, "weights", formats.laid_out, placed, steps.layouts())
     found = []
     for prepared, table in zip(replicas, tables, strict=True):
         new_state = functools.partial(table["new_state"], usual)
@@ -149,28 +154,52 @@ def load(
     return found
 
 
-def _steps(
-    replicas: list[Prepared], cache_dir: Path | None, progress: Progress, seconds: dict[str, float]
-) -> list[dict]:
-    """{key: executable} of each replica. Either all are restored or all are compiled, as within one."""
-    start = time.monotonic()
-    wanted = [(p.programs, p.facts, p.machine, p.layout.devices, cache_dir) for p in replicas]
-    may_restore = all(executables.are_kept(*each) for each in wanted)
-    done, lock = [0] * len(replicas), threading.Lock()
+class _Steps:
+    """The programs of all replicas, to be made. Either all are restored or all are compiled, as within one."""
 
-    def build(index):
-        def progress_of_all(name, own, total):
-            with lock:
-                done[index] = own
-                progress(name, sum(done), total * len(replicas))
+    def __init__(self, replicas: list[Prepared], cache_dir: Path | None):
+        self.wanted = [(p.programs, p.facts, p.machine, p.layout.devices, cache_dir) for p in replicas]
+        self.are_kept = all(executables.are_kept(*each) for each in self.wanted)
+        self.choices = [formats.Choice() for _ in replicas]
+        self.are_chosen = any(program.chooses for program in replicas[0].programs.values())
 
-        return executables.build(*wanted[index], progress=progress_of_all, may_restore=may_restore)
+    def make(self, progress: Progress, seconds: dict[str, float]) -> list[dict]:
+        """{key: executable} of each replica."""
+        start = time.monotonic()
+        done, lock = [0] * len(self.wanted), threading.Lock()
 
-    with concurrent.futures.ThreadPoolExecutor(len(replicas)) as pool:
-        built = list(pool.map(build, range(len(replicas))))
-    is_restored = all(each.num_loaded == len(each.table) for each in built)
-    seconds["restore steps" if is_restored else "compile"] = time.monotonic() - start
-    return [each.table for each in built]
+        def build(index):
+            def progress_of_all(name, own, total):
+                with lock:
+                    done[index] = own
+                    progress(name, sum(done), total * len(done))
+
+            options = {"may_restore": self.are_kept, "choice": self.choices[index]}
+            return executables.build(*self.wanted[index], progress=progress_of_all, **options)
+
+        try:
+            with concurrent.futures.ThreadPoolExecutor(len(done)) as pool:
+                built = list(pool.map(build, range(len(done))))
+        finally:
+            for choice in self.choices:
+                choice.cancel()  # after an error nobody must wait for it
+        is_restored = all(each.num_loaded == len(each.table) for each in built)
+        seconds["restore steps" if is_restored else "compile"] = time.monotonic() - start
+        return [each.table for each in built]
+
+    def layouts(self) -> formats.Layouts:
+        """The weights' layouts; waits until they are known."""
+        first, *others = (choice.result() for choice in self.choices)
+        assert all(other == first for other in others)  # one compiler, one program
+        return first
+
+    def soon_known_layouts(self) -> formats.Layouts:
+        """The same where they are restored, which takes no time; what takes a compile is not waited for.
+
+        The usual layouts have been every compiler's choice so far, so weights are read to these meanwhile, and laid out
+        anew where that was wrong.
+        """
+        return self.layouts() if self.are_kept and self.are_chosen else {}
 
 
 def _zeros(shape, dtype, where):

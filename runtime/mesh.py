@@ -20,10 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Format
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from converters.place import sharding_of
+from converters.place import in_format, sharding_of
 from models.layers.linear import group_size
 from models.parallel import Split, split_over
 from pallas_kernels.rotation import block_size
@@ -246,5 +245,4 @@ def repeat_kv_heads(weight: jax.Array, shape: tuple[int, ...], where: Any) -> ja
     repeated = jax.block_until_ready(jax.jit(take)(weight))
     weight.delete()
     parts = [part.data for part in repeated.addressable_shards]
-    repeated = jax.make_array_from_single_device_arrays(shape, sharding_of(where), parts)
-    return jax.device_put(repeated, where) if isinstance(where, Format) else repeated
+    return in_format(jax.make_array_from_single_device_arrays(shape, sharding_of(where), parts), where)

@@ -17,7 +17,7 @@ from converters.checkpoint import Checkpoint
 from models.interface import abstract, bind, logical_axes
 from pallas_kernels import cpu
 from pallas_kernels.ragged_paged_attention import cache_shape, planning
-from runtime import mesh, step_state
+from runtime import formats, mesh, step_state
 from runtime.batch import StepLayout
 from runtime.buckets import buckets_for
 from runtime.config import EngineConfig, EnginePlan, Memory, is_stacked, itemsize, kv_dtype_for, settle
@@ -228,12 +228,17 @@ def programs_for(graph, shapes: Mapping, plan: EnginePlan, caches, layout: Layou
     int32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     tensor = layout.tensor
     programs: dict[Any, Program] = {}
-    for bucket in buckets_for(plan):
+    buckets = buckets_for(plan)
+    largest = max((bucket for bucket in buckets if bucket.is_decode), key=lambda bucket: bucket.num_rows)
+    wishes = formats.left_open(plan.platform, weights)
+    for bucket in buckets:
         step = make_step(graph, bucket, plan)
-        jitted = jax.jit(tensor.spread(step, layout.specs, len(caches)) if tensor else step, donate_argnums=1)
+        step = tensor.spread(step, layout.specs, len(caches)) if tensor else step
+        jit = functools.partial(jax.jit, step, donate_argnums=1)
+        left_open = jit(in_shardings=(wishes, of_state, None, None)) if wishes else None
         mask = jax.ShapeDtypeStruct((bucket.num_rows, mask_words(plan)), jnp.uint32)
-        packed = int32((StepLayout.of(bucket, plan).size,))
-        programs[bucket] = Program(jitted, (weights, state, packed, mask))
+        args = weights, state, int32((StepLayout.of(bucket, plan).size,)), mask
+        programs[bucket] = Program(jit(), args, left_open, chooses=bool(wishes) and bucket == largest)
     history = jax.jit(step_state.load_history, donate_argnums=0, out_shardings=of_state)
     programs["load_history"] = Program(history, (state, int32(()), int32((plan.max_model_len,))))
     tables = jax.jit(step_state.load_tables, donate_argnums=0, out_shardings=of_state)

@@ -100,6 +100,15 @@ def test_weights_and_steps_of_a_mesh_are_kept_and_found_again():
         assert tokens == first["answers"][number]
 
 
+def test_weights_of_a_mesh_lie_as_its_decode_step_wants_them():
+    """Kv heads that are repeated, and replicas; at the first start and at the second."""
+    meshes = [(1, 4), (1, 4), (2, 2)]
+    alone, *others = run("llama", EIGHT_HEADS, [(1, 1), *meshes], turned=True)
+    assert not any(alone["turned"]) and [other["restored"] for other in others] == [False, True, False]
+    for other in others:
+        assert all(other["turned"]) and other["answers"] == alone["answers"] and other["compiled_later"] == 0
+
+
 CONFIG = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=14336, head_dim=128)
 
 

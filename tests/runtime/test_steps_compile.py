@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import pytest
 import whole_step
 
+from runtime import executables, formats
+from runtime.buckets import Bucket
+
 MISSING = {"tpu": absent_tpu.prepare(), "gpu": absent_gpu.prepare()}
 MARKS = {"tpu": pytest.mark.tpu, "gpu": pytest.mark.gpu}
 CHIPS = ("v5e-1", "v6e-1", "h100-1")
@@ -70,6 +73,29 @@ def test_steps_of_llama_3_8b(target, bucket, wishes):
     )
     assert_lean(step, 32 if target == "h100-1" else 1)
     assert step.temp_bytes < (64 if step.bucket.is_decode else 256) * 10**6
+
+
+@pytest.mark.parametrize(
+    "target, quantization, is_usual",
+    [on("v5e-1", "int4", False), on("v6e-1", "int8", True), on("h100-1", "int4", True)],
+)
+def test_all_steps_want_weights_to_lie_as_the_decode_step_does(target, quantization, is_usual):
+    """And then none brings a matrix to another order first; nor is any compiled twice, since each chooses alike."""
+    prepared = whole_step.prepare(whole_step.family("llama"), target, quantization=quantization, **SMALL)
+    num_compiled = executables.CompileCounter()
+    choice = formats.Choice()
+    devices = prepared.layout.devices
+    built = executables.build(prepared.programs, prepared.facts, prepared.machine, devices, None, choice=choice)
+    assert num_compiled.count == len(built.table)
+    layouts = choice.result()
+    assert layouts.keys() == prepared.shapes.keys()
+    for key, executable in built.table.items():
+        if isinstance(key, Bucket):
+            assert formats.read_back(executable) == layouts
+            assert whole_step.step_of(prepared, key, executable).large_copies == []
+    weights = {name: jax.ShapeDtypeStruct(s.shape, s.dtype) for name, s in prepared.shapes.items()}
+    usual = jax.jit(lambda weights: weights, in_shardings=(prepared.layout.shardings(weights),))
+    assert (formats.read_back(usual.lower(weights).compile()) == layouts) == is_usual
 
 
 @pytest.mark.parametrize("target", [on("v5e-1"), on("h100-1")])

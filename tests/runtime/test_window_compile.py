@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from runtime import machine, preparation
+from runtime import executables, machine, preparation
 from runtime.config import EngineConfig, Memory, settle
 
 pytestmark = pytest.mark.tpu
@@ -38,8 +38,7 @@ def test_a_window_copies_neither_pages_nor_weights(speculation):
     caches = preparation.cache_shapes(model.cache_specs, plan)
     programs = preparation.programs_for(model.graph, model.weights, plan, caches, layout)
     (program,) = (p for key, p in programs.items() if str(key).startswith("decode"))
-    with target.tracing(layout.devices):
-        executable = program.jitted.lower(*program.args).compile()
+    executable = executables.compiled(program, target, layout.devices)
     memory = executable.memory_analysis()
     (pages,) = caches
     page_bytes = int(np.prod(pages.shape)) * pages.dtype.itemsize

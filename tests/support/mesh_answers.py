@@ -1,6 +1,8 @@
 """Run as a program: what a tiny model answers on one device and on several, as JSON. Devices are made of this CPU.
 
 mesh_answers.py FAMILY CHANGES MESHES OPTIONS     JSON each, but for the family; a mesh is [replicas, devices of each]
+
+With the option "turned" weights of several devices lie as support/turned_layouts.py says.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import tiny
+import turned_layouts
 
 from runtime.config import EngineConfig
 from runtime.engine import Engine
@@ -70,6 +73,7 @@ def collectives(engine: Engine) -> dict:
 
 def main():
     family, changes, meshes, options = sys.argv[1], *map(json.loads, sys.argv[2:])
+    turned = options.pop("turned", False)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tiny.make_checkpoint(family, Path(folder) / "model", **changes)
         for replicas, size in meshes:
@@ -77,6 +81,8 @@ def main():
                 model=str(checkpoint), cache_dir=f"{folder}/cache", tensor_parallel_size=size,
                 data_parallel_size=replicas, **{**SIZES, **OPTIONS, **options},
             )  # fmt: skip
+            if turned and replicas * size > 1:
+                turned_layouts.ask(setattr)
             engines = Engine.load_replicas(config)
             weights = {
                 name: [list(array.shape), list(array.sharding.shard_shape(array.shape))]
@@ -84,7 +90,13 @@ def main():
             }
             devices = [sorted(d.id for d in e.loaded.state.length_X.sharding.device_set) for e in engines]
             restored = "restore steps" in engines[0].loaded.seconds
-            found = {"answers": answers(engines), "collectives": collectives(engines[0]), "weights": weights}
+            are_turned = [turned_layouts.are_turned(engine.loaded.weights) for engine in engines]
+            found = {
+                "turned": are_turned,
+                "answers": answers(engines),
+                "collectives": collectives(engines[0]),
+                "weights": weights,
+            }
             if (replicas, size) == (2, 1):
                 found["notebook"] = notebook_answers(config)
             print(

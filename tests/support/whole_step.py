@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import functools
 import math
 import re
 import time
@@ -56,11 +55,20 @@ class Step:
 
 def compile_steps(hf, target, only=None, **wishes) -> list[Step]:
     """Compiles the steps of a config.json for a target of runtime.machine.absent; `only` names one bucket."""
-    fields, absent = Fields(hf), machine.absent(target)
+    prepared = prepare(hf, target, **wishes)
+    keys = [key for key in prepared.programs if isinstance(key, Bucket) and only in (None, str(key))]
+    return [_compile(prepared, key) for key in keys]
+
+
+def prepare(hf, target, **wishes) -> preparation.Prepared:
+    fields = Fields(hf)
     family = family_of(fields)
     checkpoint = types.SimpleNamespace(model_class=family.model_class, config=family.config(fields), dtype="bfloat16")
-    prepared = preparation.prepare(EngineConfig(model="", **wishes), checkpoint, absent)
-    devices, layers = len(prepared.layout.devices), checkpoint.config.num_layers
+    return preparation.prepare(EngineConfig(model="", **wishes), checkpoint, machine.absent(target))
+
+
+def step_of(prepared, bucket, executable, seconds=0.0) -> Step:
+    devices, layers = len(prepared.layout.devices), prepared.checkpoint.config.num_layers
     page_bytes = sum(map(_bytes, prepared.caches)) // devices
     is_stacked = lambda name: prepared.plan.stacked and name.startswith("layers.")
     matrices = [
@@ -68,20 +76,15 @@ def compile_steps(hf, target, only=None, **wishes) -> list[Step]:
         for name, shape in prepared.shapes.items()
         if name.endswith(".kernel")
     ]
-    compiled = functools.partial(_compile, prepared, page_bytes, min(page_bytes // layers, *matrices))
-    return [compiled(key) for key in prepared.programs if isinstance(key, Bucket) and only in (None, str(key))]
-
-
-def _compile(prepared, page_bytes, layer_bytes, bucket):
-    program, absent = prepared.programs[bucket], prepared.machine
-    start = time.perf_counter()
-    with absent.tracing(prepared.layout.devices):
-        lowered = program.jitted.lower(*program.args)
-    options = {**(executables.compiler_options(absent.platform) or {}), **absent.options}
-    executable = lowered.compile(options or None)
-    seconds, memory = time.perf_counter() - start, executable.memory_analysis()
-    sizes = (page_bytes, layer_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes)
+    memory = executable.memory_analysis()
+    sizes = (page_bytes, min(page_bytes // layers, *matrices), memory.alias_size_in_bytes, memory.temp_size_in_bytes)
     return Step(bucket, seconds, *sizes, executable.as_text())
+
+
+def _compile(prepared, bucket):
+    start = time.perf_counter()
+    executable = executables.compiled(prepared.programs[bucket], prepared.machine, prepared.layout.devices)
+    return step_of(prepared, bucket, executable, time.perf_counter() - start)
 
 
 def _bytes(shape) -> int:
