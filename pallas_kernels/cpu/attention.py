@@ -48,8 +48,8 @@ HEAD_WORDS = 96  # float32 words before the tasks' table
 FLOATS, INTS = 0, 1  # attributes, in alphabetical order
 write_address, attend_address = v.external(WRITE_CHUNK), v.external(ATTEND_CHUNK)
 _compiled = v.inner
-_transpose_bf16, _transpose_f32, _transpose_i8, _transpose_e4m3, _transpose_e5m2 = (
-    tiles.transpose_tile(kind) for kind in ("bf16", "f32", "i8", "e4m3", "e5m2")
+_transpose_f32, _transpose_i8, _transpose_e4m3, _transpose_e5m2 = (
+    tiles.transpose_tile(kind) for kind in ("f32", "i8", "e4m3", "e5m2")
 )
 
 
@@ -201,10 +201,15 @@ def _find_task(job, task):
 
 
 @_compiled
+def _in_words(job):
+    """Whether keys and values are bfloat16, and a block of them is kept in words of two."""
+    return v.load_i64(job + CACHE_DTYPE) == BF16
+
+
+@_compiled
 def _in_pairs(job):
     """Whether both products are of pairs of bfloat16: of queries and keys, of weights and values."""
-    both = v.load_i64(job + CACHE_DTYPE) == BF16 and v.load_i64(job + INPUT_DTYPE) == BF16
-    return v.HAS_BF16_DOT and both
+    return v.HAS_BF16_DOT and _in_words(job) and v.load_i64(job + INPUT_DTYPE) == BF16
 
 
 @_compiled
@@ -262,26 +267,24 @@ def _locate_first_keys(job, task, zeros, places):
 
 
 @_compiled
-def _widen_keys(job, head, places, following, keys, k_HU, v_UH, first, turn, turns):
-    """One head's keys transposed to [H, BLOCK] and its values to [BLOCK, H]: float32, or pairs of bfloat16.
+def _widen_keys(job, head, places, following, keys, k_HU, v_UH, fetched, num_bytes, first, middle, last):
+    """One head's keys transposed to [H, BLOCK] and its values to [BLOCK, H]: float32, or words of two bfloat16.
 
-    Meanwhile the following block is fetched, a little at a time: all at once would stall. `head` is the turn-th of
-    `turns` heads from `first` on.
+    Meanwhile the following block is fetched, a little at a time: all at once would stall. For the last five arguments
+    see `pairs.unpack`.
     """
     size, dtype = v.load_i64(job + H), v.load_i64(job + CACHE_DTYPE)
     itemsize = _itemsize(job)
     half = size * itemsize
     key = 2 * head * half  # bytes into a token
-    if _in_pairs(job):
-        ahead = 2 * first * half, 2 * turns * half
-        pairs.unpack(places, following, key, size, keys, BLOCK, k_HU, v_UH, ahead[0], ahead[1], turn, turns)
+    if _in_words(job):
+        ahead = fetched, num_bytes, first, middle, last
+        pairs.unpack(places, following, key, size, keys, BLOCK, k_HU, v_UH, *ahead)
         return
     for u in range(0, keys, 8):
         for h in range(0, size, 8):
             target = k_HU + 4 * (h * BLOCK + u)
-            if dtype == BF16:
-                _transpose_bf16(places + 8 * u, key + 2 * h, target, 4 * BLOCK)
-            elif dtype == S8:
+            if dtype == S8:
                 _transpose_i8(places + 8 * u, key + h, target, 4 * BLOCK)
             elif dtype == F8E4M3FN:
                 _transpose_e4m3(places + 8 * u, key + h, target, 4 * BLOCK)
@@ -361,6 +364,38 @@ def _soften(job, scores, columns, first, limit, peak, out):
 
 
 @_compiled
+def _fetch(job, following, offset, num_bytes, first, end):
+    """`pairs.fetch` where a block's words are; returns end."""
+    if first < end and _in_words(job):
+        pairs.fetch(following, offset, num_bytes, first, end)
+    return end
+
+
+@_compiled
+def _score(job, rows, q, keys_HU, columns, scores):
+    """Products of the queries of one head with a block's keys, `columns` of them."""
+    size = v.load_i64(job + H)
+    if _in_pairs(job):
+        outer.pairs(rows, q, 2 * size, keys_HU, 4 * BLOCK, size // 2, columns, scores, 4 * BLOCK, 0)
+    elif _in_words(job):
+        outer.halves(rows, q, 4 * size, keys_HU, 4 * BLOCK, size // 2, columns, scores, 4 * BLOCK, 0)
+    else:
+        outer.floats(rows, q, 4 * size, keys_HU, 4 * BLOCK, size, columns, scores, 4 * BLOCK, 0)
+
+
+@_compiled
+def _add_values(job, rows, weights, values_UH, columns, out):
+    """Adds a block's values, `columns` of them, each times its weight."""
+    size = v.load_i64(job + H)
+    if _in_pairs(job):
+        outer.pairs(rows, weights, 4 * BLOCK, values_UH, 4 * size, columns // 2, size, out, 4 * size, 1)
+    elif _in_words(job):
+        outer.halves(rows, weights, 4 * BLOCK, values_UH, 4 * size, columns // 2, size, out, 4 * size, 1)
+    else:
+        outer.floats(rows, weights, 4 * BLOCK, values_UH, 4 * size, columns, size, out, 4 * size, 1)
+
+
+@_compiled
 def _attend(job, chunk, thread):
     last = v.load_i64(job + TASKS) - 1
     task, upcoming = last - chunk, last - chunk - threads.ahead(thread)  # the last tiles of a prompt see most: first
@@ -388,7 +423,8 @@ def _attend(job, chunk, thread):
     zeros = other + 8 * BLOCK
     for h in range(0, v.load_i64(job + C) * size, v.LANES):
         v.store_v(zeros + 4 * h, v.splat(0.0))
-    window, paired = v.load_i64(job + WINDOW), _in_pairs(job)
+    window = v.load_i64(job + WINDOW)
+    from_, num_bytes = 4 * head * size, 4 * heads * size  # of a token of bfloat16: what this task reads
     oldest, end = max(0, position - window + 1), position + queries  # keys that the tile sees
     start = oldest // BLOCK * BLOCK
     _locate_keys(job, row, start, oldest, end, zeros, places)
@@ -403,30 +439,20 @@ def _attend(job, chunk, thread):
             _locate_first_keys(job, upcoming, zeros, other)
         columns = (min(BLOCK, end - start) + v.LANES - 1) // v.LANES * v.LANES
         for k in range(heads):
-            _widen_keys(job, head + k, places, other, columns, keys_HU, values_UH, head, k, heads)
-            mine, ahead, fetched = k * rows, 4 * head * size, pairs.FETCHED
-            if paired:
-                mine_q, count = q + 4 * mine * size, size // 2
-                outer.pairs(rows, mine_q, 2 * size, keys_HU, 4 * BLOCK, count, columns, scores, 4 * BLOCK, 0)
-                pairs.fetch(other, ahead, 4 * heads * size, BLOCK, k, heads, fetched, fetched + 4)
-                fetched += 4
-            else:
-                mine_q = q + 4 * mine * size
-                outer.floats(rows, mine_q, 4 * size, keys_HU, 4 * BLOCK, size, columns, scores, 4 * BLOCK, 0)
+            mine_q, line = q + 4 * k * rows * size, out + 4 * k * rows * size
+            first, share = k * BLOCK // heads, (k + 1) * BLOCK // heads - k * BLOCK // heads
+            ends = first + share * pairs.AFTER_KEYS // 64, first + share * pairs.AFTER_VALUES // 64
+            _widen_keys(job, head + k, places, other, columns, keys_HU, values_UH, from_, num_bytes, first, *ends)
+            _score(job, rows, mine_q, keys_HU, columns, scores)
+            fetched = _fetch(job, other, from_, num_bytes, ends[1], first + share * pairs.AFTER_SCORES // 64)
             for i in range(rows):
                 seen = position + i // groups + 1 - start
-                unseen, line = max(0, seen - window), out + 4 * (mine + i) * size
-                _soften(job, scores + 4 * BLOCK * i, columns, unseen, seen, peaks + 8 * (mine + i), line)
-                if paired:
-                    until = BLOCK - 4 - (BLOCK - 8 - pairs.FETCHED) * (rows - 1 - i) // rows
-                    pairs.fetch(other, ahead, 4 * heads * size, BLOCK, k, heads, fetched, until)
-                    fetched = until
-            line = out + 4 * mine * size
-            if paired:
-                outer.pairs(rows, scores, 4 * BLOCK, values_UH, 4 * size, columns // 2, size, line, 4 * size, 1)
-                pairs.fetch(other, ahead, 4 * heads * size, BLOCK, k, heads, fetched, BLOCK)
-            else:
-                outer.floats(rows, scores, 4 * BLOCK, values_UH, 4 * size, columns, size, line, 4 * size, 1)
+                unseen, peak = max(0, seen - window), peaks + 8 * (k * rows + i)
+                _soften(job, scores + 4 * BLOCK * i, columns, unseen, seen, peak, line + 4 * i * size)
+                part = pairs.AFTER_SCORES + (pairs.AFTER_WEIGHTS - pairs.AFTER_SCORES) * (i + 1) // rows
+                fetched = _fetch(job, other, from_, num_bytes, fetched, first + share * part // 64)
+            _add_values(job, rows, scores, values_UH, columns, line)
+            _fetch(job, other, from_, num_bytes, fetched, first + share)
         start += BLOCK
         places, other = other, places
 

@@ -20,8 +20,8 @@ import numpy as np
 from pallas_kernels.cpu import arrays, ffi, panels, threads, tiles
 from pallas_kernels.cpu import vectors as v
 from pallas_kernels.cpu.ffi import BF16, S8
+from pallas_kernels.cpu.panels import OUTS
 from pallas_kernels.cpu.rotation import rotate_block
-from pallas_kernels.panels import OUTS
 from pallas_kernels.rotation import BLOCK
 
 TARGET, CHUNK = "jax_serving_cpu_linear_4", "jax_serving_cpu_linear_chunk_4"
@@ -286,6 +286,7 @@ def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
     inputs, outputs, gated = v.load_i64(job + INPUTS), v.load_i64(job + OUTPUTS), v.load_i64(job + GATED)
     dtype = v.load_i64(job + KERNEL_DTYPE)
     stride, y_stride = arrays.itemsize(dtype) * inputs, 4 * OUTS * (1 + gated)
+    x_stride, widening = _token_bytes(dtype) * inputs, _token_bytes(dtype) // arrays.itemsize(dtype)
     num_tiles = panels.num_tiles(rows)
     for i in range(0, outs, OUTS):
         first = o + (outs - OUTS - i if backwards else i)
@@ -298,8 +299,8 @@ def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
                 fetch, fetch_step = w + count * OUTS, 4 * OUTS // num_tiles
                 if backwards and k + count == stride:
                     fetch = w - k * OUTS - stride * OUTS
-                x, y, more = panel + k, sums + 4 * OUTS * half, min(k, 1)
-                panels.multiply(dtype, rows, x, stride, w, count, y, y_stride, more, fetch, fetch_step)
+                x, y, more = panel + k * widening, sums + 4 * OUTS * half, min(k, 1)
+                panels.multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
         for m in range(rows):
             y, out, row_scale = sums + m * y_stride, (token + m) * outputs + first, v.load_f32(scales + 4 * m)
             for i in range(0, OUTS, v.LANES):
@@ -376,7 +377,7 @@ def supports(x_TI, kernel) -> bool:
 def multiplies_panels(num_in: int, dtype) -> bool:
     """Whether there are instructions for kernels of this dtype in panels."""
     if jnp.dtype(dtype) == jnp.bfloat16:
-        return PAIRS and num_in % 32 == 0
+        return num_in % 32 == 0
     return jnp.dtype(dtype) == jnp.int8 and BYTES and num_in % 64 == 0
 
 
@@ -388,8 +389,11 @@ def linear(
     T, I = x_TI.shape
     O, gated = kernel.shape[-2], kernel.ndim - 2
     absent = jnp.zeros((0,), jnp.float32)
-    block_rows, block_outs = (_blocks_of_panels if in_panels else _blocks)(T, I, O, gated, kernel.dtype.itemsize)
     token_bytes = _token_bytes.py_func({jnp.int8: S8, jnp.bfloat16: BF16}.get(kernel.dtype.type))
+    if in_panels:
+        block_rows, block_outs = _blocks_of_panels(T, I, O, gated, kernel.dtype.itemsize, token_bytes)
+    else:
+        block_rows, block_outs = _blocks(T, I, O, gated, kernel.dtype.itemsize)
     panel_words = _panel_bytes.py_func(token_bytes, block_rows, I) // 4
     words = THREAD_WORDS + _round_up(block_rows, 16) + panel_words + block_rows * block_outs * (1 + gated)
     y_TO, _ = jax.ffi.ffi_call(
@@ -417,9 +421,10 @@ def _blocks(T, I, O, gated, itemsize):
     return rows, _round_up(-(-O // -(-O // most)), 24)
 
 
-def _blocks_of_panels(T, I, O, gated, itemsize):
+def _blocks_of_panels(T, I, O, gated, itemsize, token_bytes):
     """The same for a kernel in panels."""
-    rows = min(T, max(24, PANEL_BYTES // (2 * I) // panels.TILES[0] * panels.TILES[0]))
+    rows = max(24, PANEL_BYTES // (max(2, token_bytes) * I) // panels.TILES[0] * panels.TILES[0])
+    rows = min(T, _round_up(-(-T // max(1, round(T / rows))), panels.TILES[0]))  # no block of a few tokens at the end
     most, num_panels = max(1, panels.CHUNK_BYTES // (OUTS * I * itemsize * (1 + gated))), O // OUTS
     return rows, OUTS * -(-num_panels // -(-num_panels // most))
 

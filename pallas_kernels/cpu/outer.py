@@ -3,13 +3,15 @@
 A sum walks `count` in order, whatever the rows beside it, so its bits depend on its own row alone.
 """
 
+import functools
+
 from pallas_kernels.cpu import tiles
 from pallas_kernels.cpu import vectors as v
 
 
-def _panel(rows, vectors, in_pairs):
+def _panel(tile, rows, vectors):
     """Compiles the product of `rows` rows with any number of columns, a multiple of LANES."""
-    wide, single = tiles.outer_tile(rows, vectors, in_pairs), tiles.outer_tile(rows, 1, in_pairs)
+    wide, single = tile(rows, vectors), tile(rows, 1)
 
     @v.inner
     def panel(a, a_stride, b, b_stride, count, columns, c, c_stride, more):
@@ -24,9 +26,9 @@ def _panel(rows, vectors, in_pairs):
     return panel
 
 
-def _any_rows(in_pairs, shapes):
+def _any_rows(tile, shapes):
     """Compiles the product for any number of rows: tiles of 6, 4, 3, 2 and 1 rows, by so many registers each."""
-    six, four, three, two, one = (_panel(rows, vectors, in_pairs) for rows, vectors in shapes)
+    six, four, three, two, one = (_panel(tile, rows, vectors) for rows, vectors in shapes)
 
     @v.inner
     def product(rows, a, a_stride, b, b_stride, count, columns, c, c_stride, more):
@@ -47,6 +49,9 @@ def _any_rows(in_pairs, shapes):
     return product
 
 
-floats = _any_rows(False, [(6, 2), (4, 2), (3, 4), (2, 4), (1, 8)])
-# Of bfloat16: an element of a and b is a pair, and count is of pairs. Never called where the CPU has no such product.
-pairs = _any_rows(True, [(6, 4), (4, 4), (3, 4), (2, 4), (1, 4)]) if v.HAS_BF16_DOT else floats
+floats = _any_rows(tiles.outer_tile, [(6, 2), (4, 2), (3, 4), (2, 4), (1, 8)])
+# An element of b is a pair of bfloat16, and count is of pairs: of a, two float32.
+halves = _any_rows(tiles.outer_tile_halves, [(6, 2), (4, 2), (3, 4), (2, 4), (1, 4)])
+# So is an element of a. Never called where the CPU has no such product.
+_pair_tile = functools.partial(tiles.outer_tile, pairs=True)
+pairs = _any_rows(_pair_tile, [(6, 4), (4, 4), (3, 4), (2, 4), (1, 4)]) if v.HAS_BF16_DOT else halves

@@ -1,4 +1,4 @@
-"""A block of bfloat16 keys and values as products of pairs want them (AVX512-BF16), half as wide as float32.
+"""A block of bfloat16 keys and values in words of two, half as wide as float32, and what comes next fetched meanwhile.
 
 Dimension key
     U  keys of a block     H  head dimension     2  a pair: two elements side by side in one 32-bit word
@@ -8,7 +8,9 @@ from pallas_kernels.cpu import tiles
 from pallas_kernels.cpu import vectors as v
 
 LINE = 64  # bytes in a cache line
-BESIDE_KEYS, FETCHED = 24, 40  # tokens of the following block that are fetched beside keys, and beside both
+WIDE = 2 * v.LANES  # elements of 16 bits in a register
+# Of the tokens that a head's turn fetches: what is fetched until keys, values, scores and weights are done, in 1/64.
+AFTER_KEYS, AFTER_VALUES, AFTER_SCORES, AFTER_WEIGHTS = 24, 40, 44, 60
 _transpose = tiles.transpose_words()
 _interleave = tiles.interleave_rows()
 
@@ -21,51 +23,45 @@ def narrow(line, rows, size):
 
 
 @v.inner
-def fetch(following, offset, num_bytes, block, turn, turns, first, end):
-    """Starts to fetch what one of several turns brings of a block's tokens, each num_bytes from an offset on.
+def fetch(following, offset, num_bytes, first, end):
+    """Starts to fetch tokens [first, end) of a block, of each num_bytes from an offset on.
 
     In memory's order, and to the second level: half as fast again as to the first, head by head (Zen 4, 2026).
-
-    Args:
-        first, end: which part of the turn's share, in [0, block].
     """
-    for i in range((turn * block + first) // turns, (turn * block + end) // turns):
+    for i in range(first, end):
         token = v.load_i64(following + 8 * i) + offset
         for line in range(0, num_bytes, LINE):
             v.fetch_for_later(token + line)
 
 
-def unpack(places, following, offset, size, keys, block, k_HU2, v_UH2, fetched, num_bytes, turn, turns):
+@v.inner
+def unpack(places, following, offset, size, keys, block, k_HU2, v_UH2, fetched, num_bytes, first, middle, end):
     """One head's keys to [H / 2, U, 2] and its values to [U / 2, H, 2].
 
-    Meanwhile a part of the following block is fetched, a little at a time: all at once would stall.
+    Meanwhile tokens of the following block are fetched, a few at a time: all at once would stall.
 
     Args:
         places, following: addresses of `block` addresses: where each token of this block, and of the next one, lies.
         offset: bytes from there to the head's key; its value follows.
         keys: how many are used, a multiple of LANES.
-        fetched, num_bytes, turn, turns: see `fetch`, there called offset and so on.
+        fetched, num_bytes: see `fetch`, there called offset and so on.
+        first, middle, end: tokens [first, middle) are fetched beside the keys, [middle, end) beside the values.
     """
     half = 2 * size
-    num_tiles, tile = keys // 16 * ((size + 31) // 32), 0
-    for u in range(0, keys, 16):
-        for h in range(0, size, 32):
+    # Where fetching is, in 1/256 of a token.
+    at, step = 256 * first, 256 * (middle - first) // (keys // v.LANES * (size // WIDE))
+    for u in range(0, keys, v.LANES):
+        for h in range(0, size, WIDE):
             _transpose(places + 8 * u, offset + 2 * h, k_HU2 + 4 * (h // 2 * block + u), 4 * block)
-            first, end = tile * BESIDE_KEYS // num_tiles, (tile + 1) * BESIDE_KEYS // num_tiles
-            fetch(following, fetched, num_bytes, block, turn, turns, first, end)
-            tile += 1
+            if at // 256 < (at + step) // 256:
+                fetch(following, fetched, num_bytes, at // 256, (at + step) // 256)
+            at += step
+    step = (256 * end - at) // (keys // 2)
     for u in range(0, keys, 2):
-        left = FETCHED - BESIDE_KEYS
-        first, end = BESIDE_KEYS + u * left // keys, BESIDE_KEYS + (u + 2) * left // keys
-        fetch(following, fetched, num_bytes, block, turn, turns, first, end)
+        if at // 256 < (at + step) // 256:
+            fetch(following, fetched, num_bytes, at // 256, (at + step) // 256)
+        at += step
         first, second = v.load_i64(places + 8 * u) + offset + half, v.load_i64(places + 8 * u + 8) + offset + half
-        for h in range(0, size, 32):
+        for h in range(0, size, WIDE):
             _interleave(first + 2 * h, second + 2 * h, v_UH2 + 4 * (u // 2 * size + h))
-
-
-@v.inner
-def _nothing(places, following, offset, size, keys, block, k_HU2, v_UH2, fetched, num_bytes, turn, turns):
-    """Stands where the CPU has no products of pairs, and is never called."""
-
-
-unpack = v.inner(unpack) if v.HAS_BF16_DOT else _nothing
+    fetch(following, fetched, num_bytes, at // 256, end)

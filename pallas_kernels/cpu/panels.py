@@ -1,7 +1,7 @@
-"""Products of a few tokens with weights in panels: two registers of outputs, against a tile of tokens.
+"""Products of a few tokens with weights in panels: a few registers of outputs, against a tile of tokens.
 
-A panel is read once for a tile of tokens. What a register of weights holds belongs to 16 outputs, so sums stay where
-they are and none has to be folded; a sum takes its products in the inputs' order, whatever the tile.
+A panel is read once for a tile of tokens. What a register of weights holds belongs to as many outputs as it has words,
+so sums stay where they are and none has to be folded; a sum takes its products in the inputs' order, whatever the tile.
 """
 
 import functools
@@ -14,7 +14,11 @@ from pallas_kernels.cpu import vectors as v
 from pallas_kernels.cpu.ffi import BF16
 from pallas_kernels.cpu.vectors import I64, VF32, VI32
 
-TILES = (12, 8, 6, 4, 3, 2, 1)  # tokens: two sums each, beside the weights and one token's word
+VECTORS = 2  # registers of outputs
+OUTS = VECTORS * v.LANES
+LINE = 64  # bytes in a cache line
+# Tokens a tile: two sums each, beside the weights and one token's word, in 32 registers or in 16.
+TILES = (12, 8, 6, 4, 3, 2, 1) if v.LANES == 16 else (6, 4, 3, 2, 1)
 DEPTH_BYTES = 2048  # of a token's inputs at a time: a tile's tokens then fit the first level of caches
 CHUNK_BYTES = 131072  # of weights that a thread claims at a time
 
@@ -27,7 +31,7 @@ def panel_tile_pairs(rows):
     count the bytes of a row of x, y and more as `dot_tile` has them. What lies at `fetch` is brought near meanwhile,
     fetch_step bytes a word of x. Every output's products are added in their order, one pair after the other.
     """
-    step = lambda b, total, x, w: tiles.add_pairs(b, x, w, total)
+    step = _by_words(lambda b, total, x, w: tiles.add_pairs(b, x, w, total))
     return _panel_tile(rows, f"panel_{rows}_pairs", VF32, step)
 
 
@@ -35,48 +39,79 @@ def panel_tile_pairs(rows):
 def panel_tile_bytes(rows):
     """As `panel_tile_pairs` for x in [1, 255] that stands for x - 128, and int8 w; exact (AVX512-VNNI)."""
 
-    def step(b, total, x, w):
+    def add(b, total, x, w):
         return v.call(b, "llvm.x86.avx512.vpdpbusd.512", VI32, total, x, w)
 
-    return _panel_tile(rows, f"panel_{rows}_bytes", VI32, step, v.constant(VI32, -0x7F7F7F80))
+    shift = lambda b, total, word: add(b, total, v.constant(VI32, -0x7F7F7F80), word)
+    return _panel_tile(rows, f"panel_{rows}_bytes", VI32, _by_words(add), shift)
+
+
+def _by_words(add):
+    """A step that adds products of whole words: add(builder, total, x, w) -> total, for a register of each."""
+
+    def step(b, totals, x_rows, k, w, nothing):
+        load_x = [lambda row=row: v.spread(b, v.load(b, b.add(row, k), v.I32, 4)) for row in x_rows]
+        load_w = [lambda n=n: _word(b, w, n) for n in range(VECTORS)]
+        tiles.add_outer(b, totals, load_x, load_w, lambda b, x, w, total: add(b, total, x, w))
+
+    return step
+
+
+def _word(b, w, n):
+    """The n-th register of words from an address on."""
+    return v.load(b, b.add(w, ir.Constant(I64, n * v.WIDTH)), VI32, 4)
 
 
 def _panel_tile(rows, name, sums_type, step, shift=None):
-    """See `_narrow_tile` for step and shift."""
-    vectors = 2
+    """A tile of a panel.
+
+    Args:
+        step: (builder, totals, x_rows, k, w, nothing) adds the products of the words at w, byte k of the kernel's rows,
+            in place; nothing is a `tiles.hidden_zero`.
+        shift: (builder, total, word) -> total, what is taken off every sum in the end.
+    """
 
     def tile(b, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
         x_rows, y_rows = tiles.steps(b, x, x_stride, rows), tiles.steps(b, y, y_stride, rows)
-        places = [b.add(row, ir.Constant(I64, n * v.WIDTH)) for row in y_rows for n in range(vectors)]
+        places = [b.add(row, ir.Constant(I64, n * v.WIDTH)) for row in y_rows for n in range(VECTORS)]
         adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
         zero = v.constant(sums_type, 0 if sums_type == VI32 else 0.0)
         before = [b.select(adds, v.load(b, place, VF32, 4), v.constant(VF32, 0.0)) for place in places]
         start = [zero] * len(places) if sums_type == VI32 else before
-        num_shifts = vectors if shift is not None else 0
+        num_shifts = VECTORS if shift is not None else 0
+        nothing = tiles.hidden_zero(b, w)
 
         @tiles.loop(b, count, [*start, *[zero] * num_shifts, w, fetch], 4)
         def sums(k, state):
             *totals, at_w, at_fetch = state
-            for n in range(vectors):
-                v.prefetch(b, b.add(at_fetch, ir.Constant(I64, n * v.WIDTH)), level=2)
-            weights = [v.load(b, b.add(at_w, ir.Constant(I64, n * v.WIDTH)), VI32, 4) for n in range(vectors)]
-            for m, row in enumerate(x_rows):
-                value = v.spread(b, v.load(b, b.add(row, k), v.I32, 4))
-                for n, weight in enumerate(weights):
-                    totals[m * vectors + n] = step(b, totals[m * vectors + n], value, weight)
-            for n in range(num_shifts):
-                totals[rows * vectors + n] = step(b, totals[rows * vectors + n], shift, weights[n])
-            return [*totals, b.add(at_w, ir.Constant(I64, vectors * v.WIDTH)), b.add(at_fetch, fetch_step)]
+            for line in range(0, 4 * OUTS, LINE):
+                v.prefetch(b, b.add(at_fetch, ir.Constant(I64, line)), level=2)
+            products = totals[: rows * VECTORS]
+            step(b, products, x_rows, k, at_w, nothing)
+            shifts = [shift(b, total, _word(b, at_w, n)) for n, total in enumerate(totals[rows * VECTORS :])]
+            totals = products + shifts
+            return [*totals, b.add(at_w, ir.Constant(I64, 4 * OUTS)), b.add(at_fetch, fetch_step)]
 
         for i, place in enumerate(places):
             total = sums[i]
             if sums_type == VI32:
-                total = b.sub(total, sums[rows * vectors + i % vectors])
+                total = b.sub(total, sums[rows * VECTORS + i % VECTORS])
                 total = b.fadd(b.sitofp(total, VF32), before[i])
             v.store(b, total, place, 4)
 
     tile.__name__ = name
     return v.op(types.none, *[types.intp] * 9)(tile)
+
+
+@functools.cache
+def panel_tile_halves(rows):
+    """As `panel_tile_pairs` for float32 x and bfloat16 w, whose words are widened half by half, on any CPU."""
+
+    def step(b, totals, x_rows, k, w, nothing):
+        at_x = b.shl(k, ir.Constant(I64, 1))
+        tiles.add_halves(b, totals, [b.add(row, at_x) for row in x_rows], [w, b.add(w, nothing)])
+
+    return _panel_tile(rows, f"panel_{rows}_halves", VF32, step)
 
 
 def _by_tokens(tile, sizes):
@@ -100,7 +135,7 @@ def _nothing(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
     """Stands where the CPU has no such product, and is never called."""
 
 
-_pairs = _by_tokens(panel_tile_pairs, TILES) if v.HAS_BF16_DOT else _nothing
+_bf16 = _by_tokens(panel_tile_pairs if v.HAS_BF16_DOT else panel_tile_halves, TILES)
 _bytes = _by_tokens(panel_tile_bytes, TILES) if v.HAS_BYTE_DOT else _nothing
 
 
@@ -130,7 +165,7 @@ def multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch
         tile = _tile(rows - m)
         at_x, at_y = x + m * x_stride, y + m * y_stride
         if dtype == BF16:
-            _pairs(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)
+            _bf16(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)
         else:
             _bytes(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)
         m += tile

@@ -212,7 +212,8 @@ def _store_sums(b, sums, y, y_stride, rows, outs, more):
 def outer_tile(rows, vectors, pairs=False):
     """c[m, n] (+)= sum over k of a[m, k] * b[k, n], for `rows` rows and `vectors` registers of n, all float32.
 
-    The op takes (a, a_stride, b, b_stride, count, c, c_stride, more), as `dot_tile` does.
+    The op takes (a, a_stride, b, b_stride, count, c, c_stride, more), as `dot_tile` does. With pairs, an element of a
+    and of b is a pair of bfloat16.
     """
 
     step = add_pairs if pairs else v.fused
@@ -230,27 +231,86 @@ def outer_tile(rows, vectors, pairs=False):
             load_b = [
                 lambda n=n: v.load(b, b.add(at_b, ir.Constant(I64, n * v.WIDTH)), VF32, 4) for n in range(vectors)
             ]
-            after = list(state)
-            # The fewer stay in registers while the others pass by one at a time.
-            if rows <= vectors:
-                values = [load() for load in load_a]
-                for n, load in enumerate(load_b):
-                    column = load()
-                    for m, value in enumerate(values):
-                        after[m * vectors + n] = step(b, value, column, state[m * vectors + n])
-            else:
-                columns = [load() for load in load_b]
-                for m, load in enumerate(load_a):
-                    value = load()
-                    for n, column in enumerate(columns):
-                        after[m * vectors + n] = step(b, value, column, state[m * vectors + n])
-            return after
+            totals = list(state)
+            add_outer(b, totals, load_a, load_b, step)
+            return totals
 
         for place, value in zip(places, sums, strict=True):
             v.store(b, value, place, 4)
 
     tile.__name__ = f"outer_{rows}x{vectors}{'_pairs' if pairs else ''}"
     return v.op(types.none, *[types.intp] * 8)(tile)
+
+
+@functools.cache
+def outer_tile_halves(rows, vectors):
+    """As `outer_tile` for float32 a of two elements a k, and b of words of two bfloat16: b[k, n] is a pair."""
+
+    def tile(b, a, a_stride, matrix, b_stride, count, c, c_stride, more):
+        a_rows, c_rows = steps(b, a, a_stride, rows), steps(b, c, c_stride, rows)
+        adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
+        places = [b.add(row, ir.Constant(I64, n * v.WIDTH)) for row in c_rows for n in range(vectors)]
+        start = [b.select(adds, v.load(b, place, VF32, 4), v.constant(VF32, 0.0)) for place in places]
+
+        again = b.add(matrix, hidden_zero(b, matrix))
+
+        @loop(b, count, start, 1)
+        def sums(k, state):
+            step, at_a = b.mul(k, b_stride), b.shl(k, ir.Constant(I64, 3))
+            totals = list(state)
+            add_halves(b, totals, [b.add(row, at_a) for row in a_rows], [b.add(matrix, step), b.add(again, step)])
+            return totals
+
+        for place, value in zip(places, sums, strict=True):
+            v.store(b, value, place, 4)
+
+    tile.__name__ = f"outer_{rows}x{vectors}_halves"
+    return v.op(types.none, *[types.intp] * 8)(tile)
+
+
+def add_halves(b, totals, x_rows, w_halves):
+    """Adds, in place, products of words of two bfloat16 with the two float32 at each of the addresses x_rows.
+
+    Args:
+        w_halves: the address of the words, for their first elements and for their second ones: the same, but if LLVM
+            knew it, it would load words once, run out of 16 registers and spill sums. See `hidden_zero`.
+    """
+    vectors = len(totals) // len(x_rows)
+    for half, w in enumerate(w_halves):
+        x_places = [b.add(row, ir.Constant(I64, 4 * half)) for row in x_rows]
+        load_x = [lambda at=at: v.spread(b, v.load(b, at, F32, 4)) for at in x_places]
+        w_places = [b.add(w, ir.Constant(I64, n * v.WIDTH)) for n in range(vectors)]
+        load_w = [lambda at=at, half=half: _half_of_words(b, at, half) for at in w_places]
+        add_outer(b, totals, load_x, load_w, v.fused)
+
+
+def _half_of_words(b, address, half):
+    """The first or second bfloat16 of each word of a register, as float32."""
+    words = v.load(b, address, VI32, 4)
+    bits = b.and_(words, v.constant(VI32, -65536)) if half else b.shl(words, v.constant(VI32, 16))
+    return b.bitcast(bits, VF32)
+
+
+def hidden_zero(b, address):
+    """0, which LLVM does not know: no address is that high."""
+    return b.lshr(address, ir.Constant(I64, 62))
+
+
+def add_outer(b, totals, load_x, load_w, step):
+    """totals[m, n] = step(x[m], w[n], totals[m, n]), in place: the fewer stay in registers, the others pass by."""
+    vectors = len(load_w)
+    if len(load_x) <= vectors:
+        values = [load() for load in load_x]
+        for n, load in enumerate(load_w):
+            weight = load()
+            for m, value in enumerate(values):
+                totals[m * vectors + n] = step(b, value, weight, totals[m * vectors + n])
+    else:
+        weights = [load() for load in load_w]
+        for m, load in enumerate(load_x):
+            value = load()
+            for n, weight in enumerate(weights):
+                totals[m * vectors + n] = step(b, value, weight, totals[m * vectors + n])
 
 
 @functools.cache
@@ -290,27 +350,27 @@ TRANSPOSED = [0, 2, 1, 3, 4, 6, 5, 7]
 
 @functools.cache
 def transpose_words():
-    """Turns 16 words of 32 bits of each of 16 rows into 16 rows of 16.
+    """Turns LANES words of 32 bits of each of LANES rows into LANES rows of LANES.
 
     The op takes (rows, offset, target, stride), as that of `transpose_tile` does.
     """
 
     def tile(b, rows, offset, target, stride):
         lines = []
-        for i in range(16):
+        for i in range(LANES):
             row = v.load(b, b.add(rows, ir.Constant(I64, 8 * i)), I64, 8)
             lines.append(v.load(b, b.add(row, offset), VI32, 2))
-        # Words, pairs and quarters trade places: each time half of a row with half of the row `apart` from it.
-        for apart in (1, 2, 4, 8):
-            low = [i if not i & apart else 16 + (i ^ apart) for i in range(16)]
-            high = [i ^ apart if not i & apart else 16 + i for i in range(16)]
+        # Words, pairs and so on trade places: each time half of a row with half of the row `apart` from it.
+        for apart in [1 << i for i in range(LANES.bit_length() - 1)]:
+            low = [i if not i & apart else LANES + (i ^ apart) for i in range(LANES)]
+            high = [i ^ apart if not i & apart else LANES + i for i in range(LANES)]
             after = list(lines)
-            for i in range(16):
+            for i in range(LANES):
                 if not i & apart:
                     after[i] = v.shuffle(b, lines[i], lines[i + apart], low)
                     after[i + apart] = v.shuffle(b, lines[i], lines[i + apart], high)
             lines = after
-        for line, place in zip(lines, steps(b, target, stride, 16), strict=True):
+        for line, place in zip(lines, steps(b, target, stride, LANES), strict=True):
             v.store(b, line, place, 4)
 
     return v.op(types.none, *[types.intp] * 4)(tile)
@@ -318,12 +378,13 @@ def transpose_words():
 
 @functools.cache
 def interleave_rows():
-    """The op (first, second, target) writes 32 elements of 16 bits of two rows in turn: one of each, 128 bytes."""
+    """The op (first, second, target) writes 2 LANES elements of 16 bits of two rows in turn: one of each."""
+    size = 2 * LANES
 
     def tile(b, first, second, target):
-        x, y = (v.load(b, row, ir.VectorType(v.I16, 32), 2) for row in (first, second))
+        x, y = (v.load(b, row, ir.VectorType(v.I16, size), 2) for row in (first, second))
         for half in range(2):
-            places = [i // 2 + 16 * half + 32 * (i % 2) for i in range(32)]
-            v.store(b, v.shuffle(b, x, y, places), b.add(target, ir.Constant(I64, 64 * half)), 4)
+            places = [i // 2 + LANES * half + size * (i % 2) for i in range(size)]
+            v.store(b, v.shuffle(b, x, y, places), b.add(target, ir.Constant(I64, v.WIDTH * half)), 4)
 
     return v.op(types.none, *[types.intp] * 3)(tile)

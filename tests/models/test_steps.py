@@ -74,8 +74,9 @@ def test_weights_in_panels_give_the_same_scores():
     plain = tiny.Tiny("qwen3", dtype=jnp.bfloat16)
     graph, shapes = interface.abstract(plain.model_class, plain.config, jnp.bfloat16, in_panels=True)
     assert shapes == plain.shapes
-    # The others' outputs are no whole panels.
-    assert graph.in_panels == {"embed.table", "layers.0.attn.qkv.kernel", "layers.1.attn.qkv.kernel"}
+    # Some of the others' outputs are no whole panels of 32.
+    assert graph.in_panels >= {"embed.table", "layers.0.attn.qkv.kernel", "layers.1.attn.qkv.kernel"}
+    assert not any("norm" in name for name in graph.in_panels)
     weights = {name: panels.pack(w) if name in graph.in_panels else w for name, w in plain.weights.items()}
     step = tiny.one_prompt(PROMPT)
     want_TV, _ = plain.run(step, plain.caches())

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import cpu, panels
-from pallas_kernels.cpu import matmul
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (2, 96, 64), (3, 32, 64)], ids=str)
@@ -14,10 +13,10 @@ def test_a_panel_has_a_word_of_each_row_in_turn(shape, dtype, width):
     kernel = np.random.default_rng(0).integers(-100, 100, shape)
     packed = panels.pack(jnp.asarray(kernel, dtype))
     assert packed.shape == shape and packed.dtype == dtype
-    rows, words = kernel.reshape(-1, shape[-1]), np.asarray(packed, np.int64).reshape(-1, panels.OUTS, width)
-    per_row = shape[-1] // width
-    for panel, word, row in [(0, 0, 0), (0, 1, 5), (len(rows) // panels.OUTS - 1, per_row - 1, 31)]:
-        expected = rows[panel * panels.OUTS + row, word * width : (word + 1) * width]
+    rows, words = kernel.reshape(-1, shape[-1]), np.asarray(packed, np.int64).reshape(-1, panels.num_outs(), width)
+    per_row, last = shape[-1] // width, panels.num_outs() - 1
+    for panel, word, row in [(0, 0, 0), (0, 1, 5), (len(rows) // panels.num_outs() - 1, per_row - 1, last)]:
+        expected = rows[panel * panels.num_outs() + row, word * width : (word + 1) * width]
         np.testing.assert_array_equal(words[panel * per_row + word, row], expected)
     np.testing.assert_array_equal(panels.unpack(packed), kernel)
 
@@ -38,10 +37,10 @@ def test_rows_are_found_in_panels():
 
 def test_only_what_is_multiplied_so_here_suits(monkeypatch):
     monkeypatch.setattr(cpu, "has_matrix_units", lambda: False)
-    monkeypatch.setattr(matmul, "PAIRS", True)
     monkeypatch.setattr(cpu, "is_available", lambda: True)
     assert panels.suits(64, 96, jnp.bfloat16)
-    assert not panels.suits(96, 96, jnp.bfloat16), "two halves of it would be no whole panels"
+    halves = 3 * panels.num_outs()
+    assert not panels.suits(halves, 96, jnp.bfloat16), "two halves of it would be no whole panels"
     assert not panels.suits(64, 48, jnp.bfloat16)
     assert not panels.suits(64, 96, jnp.float32)
     monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
