@@ -287,7 +287,7 @@ def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
     dtype = v.load_i64(job + KERNEL_DTYPE)
     stride, y_stride = arrays.itemsize(dtype) * inputs, 4 * OUTS * (1 + gated)
     x_stride, widening = _token_bytes(dtype) * inputs, _token_bytes(dtype) // arrays.itemsize(dtype)
-    num_tiles = panels.num_tiles(rows)
+    num_tiles = panels.num_tiles(dtype, rows)
     for i in range(0, outs, OUTS):
         first = o + (outs - OUTS - i if backwards else i)
         kernel = v.load_i64(job + KERNEL) + first * stride
@@ -378,7 +378,7 @@ def multiplies_panels(num_in: int, dtype) -> bool:
     """Whether there are instructions for kernels of this dtype in panels."""
     if jnp.dtype(dtype) == jnp.bfloat16:
         return num_in % 32 == 0
-    return jnp.dtype(dtype) == jnp.int8 and BYTES and num_in % 64 == 0
+    return jnp.dtype(dtype) == jnp.int8 and v.HAS_AVX2 and num_in % 64 == 0
 
 
 def linear(

@@ -19,6 +19,7 @@ OUTS = VECTORS * v.LANES
 LINE = 64  # bytes in a cache line
 # Tokens a tile: two sums each, beside the weights and one token's word, in 32 registers or in 16.
 TILES = (12, 8, 6, 4, 3, 2, 1) if v.LANES == 16 else (6, 4, 3, 2, 1)
+MOST_OF_BYTES = TILES[0] if v.HAS_BYTE_DOT else 4  # of int8, whose weights and their sizes take registers too
 DEPTH_BYTES = 2048  # of a token's inputs at a time: a tile's tokens then fit the first level of caches
 CHUNK_BYTES = 131072  # of weights that a thread claims at a time
 
@@ -44,6 +45,23 @@ def panel_tile_bytes(rows):
 
     shift = lambda b, total, word: add(b, total, v.constant(VI32, -0x7F7F7F80), word)
     return _panel_tile(rows, f"panel_{rows}_bytes", VI32, _by_words(add), shift)
+
+
+@functools.cache
+def panel_tile_signed(rows):
+    """As `panel_tile_pairs` for int8 x and w in [-127, 127]; exact, for AVX2. See `tiles.dot_tile_i8`."""
+    bytes_ = ir.VectorType(v.I8, 32)
+
+    def step(b, totals, x_rows, k, w, nothing):
+        weights = [b.bitcast(_word(b, w, n), bytes_) for n in range(VECTORS)]
+        sizes = [v.call(b, "llvm.abs.v32i8", bytes_, each, ir.Constant(ir.IntType(1), 0)) for each in weights]
+        for m, row in enumerate(x_rows):
+            value = b.bitcast(v.spread(b, v.load(b, b.add(row, k), v.I32, 4)), bytes_)
+            for n in range(VECTORS):
+                fours = tiles.multiply_fours(b, sizes[n], weights[n], value)
+                totals[m * VECTORS + n] = b.add(totals[m * VECTORS + n], fours)
+
+    return _panel_tile(rows, f"panel_{rows}_signed", VI32, step)
 
 
 def _by_words(add):
@@ -94,8 +112,9 @@ def _panel_tile(rows, name, sums_type, step, shift=None):
 
         for i, place in enumerate(places):
             total = sums[i]
-            if sums_type == VI32:
+            if num_shifts:
                 total = b.sub(total, sums[rows * VECTORS + i % VECTORS])
+            if sums_type == VI32:
                 total = b.fadd(b.sitofp(total, VF32), before[i])
             v.store(b, total, place, 4)
 
@@ -136,23 +155,24 @@ def _nothing(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
 
 
 _bf16 = _by_tokens(panel_tile_pairs if v.HAS_BF16_DOT else panel_tile_halves, TILES)
-_bytes = _by_tokens(panel_tile_bytes, TILES) if v.HAS_BYTE_DOT else _nothing
+_tile_of_bytes = panel_tile_bytes if v.HAS_BYTE_DOT else panel_tile_signed
+_bytes = _by_tokens(_tile_of_bytes, [size for size in TILES if size <= MOST_OF_BYTES]) if v.HAS_AVX2 else _nothing
 
 
 @v.inner
-def _tile(left):
+def _tile(dtype, left):
     """How many of the tokens left go into one tile."""
     for size in TILES:
-        if left >= size:
+        if left >= size and (dtype == BF16 or size <= MOST_OF_BYTES):
             return size
     return 1
 
 
 @v.inner
-def num_tiles(rows):
+def num_tiles(dtype, rows):
     count = 0
     while rows > 0:
-        rows -= _tile(rows)
+        rows -= _tile(dtype, rows)
         count += 1
     return count
 
@@ -162,7 +182,7 @@ def multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch
     """Any number of tokens times a panel; see `panel_tile_pairs`. Each tile fetches on where that before it ended."""
     m = 0
     while m < rows:
-        tile = _tile(rows - m)
+        tile = _tile(dtype, rows - m)
         at_x, at_y = x + m * x_stride, y + m * y_stride
         if dtype == BF16:
             _bf16(tile, at_x, x_stride, w, count, at_y, y_stride, more, fetch, fetch_step)

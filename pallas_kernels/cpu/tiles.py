@@ -87,11 +87,8 @@ def dot_tile(rows, outs, bf16):
 
 @functools.cache
 def dot_tile_i8(rows, outs):
-    """As `dot_tile` for int8 x and w in [-127, 127], count a multiple of 32; exact, for AVX2.
-
-    The instruction multiplies unsigned by signed and adds pairs in 16 bits: |w| by x with w's sign, which fits.
-    """
-    bytes_, words, longs = (ir.VectorType(ir.IntType(bits), 256 // bits) for bits in (8, 16, 32))
+    """As `dot_tile` for int8 x and w in [-127, 127], count a multiple of 32; exact, for AVX2."""
+    bytes_, longs = (ir.VectorType(ir.IntType(bits), 256 // bits) for bits in (8, 32))
 
     def tile(b, x, x_stride, w, w_stride, count, y, y_stride, more):
         x_rows, w_rows = steps(b, x, x_stride, rows), steps(b, w, w_stride, outs)
@@ -107,9 +104,7 @@ def dot_tile_i8(rows, outs):
             for m, row in enumerate(x_rows):
                 value = v.load(b, b.add(row, k), bytes_, 1)
                 for o in range(outs):
-                    signed = v.call(b, "llvm.x86.avx2.psign.b", bytes_, value, weights[o])
-                    pairs = v.call(b, "llvm.x86.avx2.pmadd.ub.sw", words, sizes[o], signed)
-                    fours = v.call(b, "llvm.x86.avx2.pmadd.wd", longs, pairs, v.constant(words, 1))
+                    fours = multiply_fours(b, sizes[o], weights[o], value)
                     after[m * outs + o] = b.add(state[m * outs + o], fours)
             return after
 
@@ -118,6 +113,17 @@ def dot_tile_i8(rows, outs):
 
     tile.__name__ = f"dot_{rows}x{outs}_i8"
     return v.op(types.none, *[types.intp] * 8)(tile)
+
+
+def multiply_fours(b, sizes, weights, x):
+    """Sums of four products each of int8 x and weights, whose absolute values are sizes, in int32 (AVX2).
+
+    The instruction multiplies unsigned by signed and adds pairs in 16 bits: |w| by x with w's sign, which fits.
+    """
+    words, longs = (ir.VectorType(ir.IntType(bits), 256 // bits) for bits in (16, 32))
+    signed = v.call(b, "llvm.x86.avx2.psign.b", x.type, x, weights)
+    pairs = v.call(b, "llvm.x86.avx2.pmadd.ub.sw", words, sizes, signed)
+    return v.call(b, "llvm.x86.avx2.pmadd.wd", longs, pairs, v.constant(words, 1))
 
 
 @functools.cache
