@@ -48,8 +48,8 @@ def fill(part: np.ndarray, source: TensorSource, pieces: Iterable[Piece], box: B
         ConversionError: a tensor cannot be read, or holds what is no number or none that the dtype can hold.
     """
     for piece in pieces:
-        if (meeting := _meeting(piece.index, box)) is not None:
-            inside, wanted = meeting
+        if (met := meeting(piece.index, box)) is not None:
+            inside, wanted = met
             _copy(part[(*inside, ...)], source, piece, wanted)
 
 
@@ -74,8 +74,8 @@ def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return room[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _meeting(index, box) -> tuple[tuple, tuple] | None:
-    """Where a piece at parameter[index] meets the box: (index into the part, index into the changed tensor)."""
+def meeting(index, box) -> tuple[tuple, tuple] | None:
+    """Where a piece at parameter[index] meets the box: (index into the box's part, index into the piece); or None."""
     inside, wanted = [], []
     for axis, side in enumerate(box):
         at = index[axis] if axis < len(index) else slice(None)

@@ -32,6 +32,8 @@ class Others(Protocol):
 
     def compare(self, facts: Mapping[str, str]) -> None: ...
 
+    def agree(self, names: set[str]) -> set[str]: ...
+
 
 def facts(place: Place, config: EngineConfig, checkpoint: Checkpoint) -> dict[str, str]:
     """{what: its value}: whatever differs here makes hosts run different programs, or the same on different weights."""

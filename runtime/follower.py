@@ -74,6 +74,13 @@ class Follower:
         self._expect("plan")
         self._answer(facts=dict(facts))
 
+    def agree(self, names: set[str]) -> set[str]:
+        """Of these names those that every host gives."""
+        self._expect("agree")
+        self._answer(names=sorted(names))
+        message, _ = self._expect("agree")
+        return set(message["names"])
+
     def follow(self, loaded: Loaded) -> None:
         """Runs what rank 0 runs; returns when it stops in order."""
         steps = {str(bucket): (bucket, run) for bucket, run in loaded.steps.items()}

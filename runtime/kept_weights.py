@@ -1,11 +1,15 @@
 """Converted weights on disk, so that the next start reads them as the devices want them, on whatever mesh.
 
 An entry is a folder named by what its weights were made from. In it are orbax checkpoints of a few hundred megabytes
-each, and a file `complete`: which array is in which of them, and the SHA-256 of every file. Orbax does not notice a
-changed byte in an array, so every file's digest is compared before the weights are used.
+each, and a file `complete`: which part of which array is in which of them, and the SHA-256 of every file. Orbax does
+not notice a changed byte in an array, so every file's digest is compared before the weights are used.
 
 Orbax would read each device's part whole, into memory beside the one that the part is to lie in. What it wrote is
 therefore read with tensorstore, which it is made of, straight to the place, in whatever boxes the mesh needs.
+
+Of a model on several hosts each has an entry of its own, with the parts that its devices hold: for the same mesh only.
+Orbax leaves to the first process what several hold, and takes no array of one process among many, so these parts are
+written with tensorstore too, in the form that orbax gives them.
 """
 
 import concurrent.futures
@@ -14,6 +18,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from converters.parts import meeting
 from converters.place import Made, part_of, place
 from runtime import entries, malloc
 
@@ -47,7 +53,7 @@ def restore(
 
     An entry that cannot be trusted is said and removed. For progress and rooms see converters.place.
     """
-    if not (folder / COMPLETE).exists():
+    if not exists(folder):
         return None
     try:
         arrays, files = _read_index(folder / COMPLETE)
@@ -63,20 +69,31 @@ def restore(
         return None
 
 
+def exists(folder: Path) -> bool:
+    return (folder / COMPLETE).exists()
+
+
+def of_this_process(folder: Path, shapes: Mapping[str, Any], wheres: Mapping[str, Any]) -> Path:
+    """The entry for what this process holds: `folder` where that is all, else one beside it, named by the parts."""
+    if jax.process_count() == 1:
+        return folder
+    held = {name: [_ends(box) for box, _ in _distinct(part_of(wheres[name], shapes[name].shape))] for name in shapes}
+    return folder.with_name(f"{folder.name}-{hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]}")
+
+
 def keep(folder: Path, weights: Mapping[str, jax.Array], *, batch_bytes: int = BATCH_BYTES) -> None:
-    """Makes an entry; a full disk, or any other reason why that cannot be, costs a warning only."""
-    if jax.process_count() > 1:
-        log.info("converted weights are not kept: each of %d processes has a part of them", jax.process_count())
-        return
+    """Makes an entry of what this process holds; a full disk, or any other reason why not, costs a warning only."""
+    is_alone = jax.process_count() == 1
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         entries.sweep(folder.parent)
-        needs, free = sum(array.nbytes for array in weights.values()), shutil.disk_usage(folder.parent).free
+        held = [array.nbytes if is_alone else sum(p.nbytes for _, p in _held(array)) for array in weights.values()]
+        needs, free = sum(held), shutil.disk_usage(folder.parent).free
         if free < needs:
             log.warning("converted weights are not kept: %s has %s bytes free of %s", folder.parent, free, needs)
             return
         with entries.workspace(folder) as work:
-            arrays = _write(work, weights, batch_bytes)
+            arrays = (_write if is_alone else _write_parts)(work, weights, batch_bytes)
             _write_index(work, arrays)
             with contextlib.suppress(FileExistsError):  # another server was quicker, with the same weights
                 entries.rename(work, folder)
@@ -89,7 +106,7 @@ def _first_line(error):
 
 
 def _write(work, weights, batch_bytes) -> dict[str, Any]:
-    """Writes the arrays and returns {name: {shape, dtype, parts: [[first row, folder of the part]]}}."""
+    """Writes the arrays and returns {name: {shape, dtype, parts: [[where it begins, folder of the part]]}}."""
     import orbax.checkpoint as ocp  # half a second, which only a cold start pays
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of each folder that it is no OCDBT, as wanted
@@ -100,12 +117,69 @@ def _write(work, weights, batch_bytes) -> dict[str, Any]:
             tree = {f"{name}@{start}": slab for name, start, slab in batch}
             chunks = {key: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for key in tree}
             writer.save(work / f"{number:04}", args=ocp.args.PyTreeSave(tree, save_args=chunks))
-            for name, start, _ in batch:
-                array = weights[name]
-                entry = found.setdefault(name, {"shape": array.shape, "dtype": array.dtype.name, "parts": []})
-                entry["parts"].append([start, f"{number:04}/{name}@{start}"])
+            for name, start, slab in batch:
+                _note(found, name, weights[name], _rows_from(start, slab), f"{number:04}/{name}@{start}")
             malloc.trim()  # each of many threads has its own, and batch by batch they would come to a few hundred MB
     return found
+
+
+def _write_parts(work, weights, batch_bytes) -> dict[str, Any]:
+    """The same of the parts that this process holds, a slab of each after the other."""
+    import tensorstore as ts
+
+    found: dict[str, Any] = {}
+    for name, array in weights.items():
+        for number, (box, part) in enumerate(_held(array)):
+            for start, slab in _slabs(part, batch_bytes):
+                folder, values = f"{name}@{number}.{start}", np.asarray(slab)
+                stored = ts.open(
+                    {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{work / folder}/"}},
+                    create=True,
+                    dtype=ts.dtype(values.dtype),
+                    shape=values.shape,
+                    chunk_layout=ts.ChunkLayout(chunk_shape=_chunk(values)),
+                ).result()
+                stored.write(values).result()
+                origin = [side.start for side in box]
+                if origin:
+                    origin[0] += start
+                _note(found, name, array, origin, folder)
+        malloc.trim()
+    return found
+
+
+def _note(found, name, array, origin, folder):
+    entry = found.setdefault(name, {"shape": array.shape, "dtype": array.dtype.name, "parts": []})
+    entry["parts"].append([origin, folder])
+
+
+def _rows_from(start, slab):
+    return [start] + [0] * (slab.ndim - 1) if slab.ndim else []
+
+
+def _held(array):
+    """(box, one device's array) of each different part that this process holds."""
+    parts = {part.device: part.data for part in array.addressable_shards}
+    return [(box, parts[device]) for box, device in _distinct(part_of(array.sharding, array.shape))]
+
+
+def _distinct(parts):
+    """(box, a device that holds it) for each box, in order."""
+    found = {tuple(map(tuple, _ends(box))): (box, device) for device, box in parts.items()}
+    return [found[ends] for ends in sorted(found)]
+
+
+def _ends(box):
+    return [[side.start, side.stop] for side in box]
+
+
+def _chunk(values):
+    """The shape of one file's part of an array: halves of halves, along the first axes."""
+    sizes = list(values.shape)
+    for axis in range(len(sizes)):
+        while math.prod(sizes) * values.itemsize > CHUNK_BYTES and sizes[axis] > 1:
+            sizes[axis] = -(-sizes[axis] // 2)
+    return sizes
 
 
 def _batches(weights, batch_bytes):
@@ -147,13 +221,17 @@ def _read(folder, arrays, shapes, wheres, progress, rooms):
 
     def work(name):
         def make(box, into):
-            for start, part in arrays[name]["parts"]:
+            filled = 0
+            for origin, part in arrays[name]["parts"]:
                 stored = opened(part)
-                first, last = max(box[0].start, start), min(box[0].stop, start + stored.shape[0])
-                if first < last:
-                    rows = (slice(first - start, last - start), *box[1:])
-                    target = into[name][first - box[0].start : last - box[0].start]
-                    ts.array(target).write(stored[rows][ts.d[:].translate_to[0]]).result()
+                index = tuple(slice(first, first + size) for first, size in zip(origin, stored.shape, strict=True))
+                if (met := meeting(index, box)) is not None:
+                    inside, wanted = met
+                    target = into[name][(*inside, ...)]
+                    ts.array(target).write(stored[wanted][ts.d[:].translate_to[0]]).result()
+                    filled += target.size
+            if filled != into[name].size:
+                raise Damaged(f"of {name} a part is missing")
 
         return Made((name,), len(shapes[name].shape), make)
 

@@ -104,6 +104,12 @@ class Leader:
             if wrong := differences(facts, answer["facts"], f"host {rank}"):
                 raise ConfigError(f"hosts differ: {wrong}")
 
+    def agree(self, names: set[str]) -> set[str]:
+        """Of these names those that every host gives. Waits for all, as for their reading of weights."""
+        common = names.intersection(*(answer["names"] for answer in self._ask("agree", hosts.JOIN_S).values()))
+        self._tell("agree", names=sorted(common))
+        return common
+
     def led(self, loaded: Loaded) -> Loaded:
         """The same, whose programs also run on the followers."""
 
@@ -185,14 +191,15 @@ class Leader:
                 self._lose(rank, str(error))
                 raise EngineStopped(self._lost or "") from error
 
-    def _ask(self, kind: str) -> dict[int, dict[str, Any]]:
-        """{rank: answer} of every follower.
+    def _ask(self, kind: str, limit_s: float | None = None) -> dict[int, dict[str, Any]]:
+        """{rank: answer} of every follower, within ANSWER_S where no other limit is given.
 
         Raises:
             EngineStopped: one is gone, or answers too late.
         """
         self._tell(kind)
-        deadline, found = time.monotonic() + ANSWER_S, {}
+        limit_s = limit_s or ANSWER_S
+        deadline, found = time.monotonic() + limit_s, {}
         while len(found) < len(self._answers):
             for rank, answers in self._answers.items():
                 if rank not in found:
@@ -200,7 +207,7 @@ class Leader:
                         found[rank] = answers.get(timeout=0.1)
                     except queue.Empty:
                         if time.monotonic() > deadline:
-                            self._lose(rank, f"it did not answer for {ANSWER_S:g} s")
+                            self._lose(rank, f"it did not answer for {limit_s:g} s")
             if self._lost is not None:
                 raise EngineStopped(self._lost)
         return found

@@ -112,7 +112,7 @@ def load(
     def place():
         of_model = checkpoint, layout.config, everywhere.tensor, shapes, replicas[0].in_panels
         wheres = formats.wheres(everywhere.shardings(shapes), steps.soon_known_layouts())
-        return weights.on_devices(*of_model, wheres, plan, cache_dir, progress)
+        return weights.on_devices(*of_model, wheres, plan, cache_dir, progress, *([others.agree] if others else []))
 
     # Reading and hashing hold no lock of Python's, so the steps are made meanwhile.
     with concurrent.futures.ThreadPoolExecutor(1, "weights") as beside:

@@ -31,16 +31,18 @@ def on_devices(
     plan: EnginePlan,
     cache_dir: Path | None,
     progress: Callable[[str, int, int], None],
+    agree: Callable[[set[str]], set[str]] = lambda names: names,
 ) -> dict[str, jax.Array]:
     """The weights as `shapes` says and where `wheres` says, in the order of `shapes`.
 
-    What is kept does not depend on the mesh: it is restored onto any other.
+    What one host keeps does not depend on the mesh: it is restored onto any other. What several keep does.
 
     Args:
         config: the model's as the devices want it: with kv heads repeated where there are fewer than devices.
         tensor: the mesh; None for one device.
         in_panels: names of those that a CPU wants in panels.
         wheres: {name: sharding or format}.
+        agree: gives, of these names, those that every host of the model gives.
     """
     stored, places = stored_shapes(checkpoint, config, plan, shapes), wheres
     repeated = [name for name in shapes if shapes[name].shape != stored[name].shape]
@@ -48,18 +50,41 @@ def on_devices(
         before = tensor.before_repeating(checkpoint.config.num_kv_heads)
         places = dict(wheres) | {name: before(wheres[name]) for name in repeated}
     step = lambda done, total: progress("weights", done, total)
-    folder = cache_dir and cache_dir / "weights" / _identity(checkpoint, plan)
+    whole = cache_dir and cache_dir / "weights" / _identity(checkpoint, plan)
+    own = whole and kept_weights.of_this_process(whole, stored, places)
     rooms = huge_pages.rooms(stored) if plan.platform == "cpu" and tensor is None else None
-    found = kept_weights.restore(folder, stored, places, step, rooms) if folder else None
+    restore = functools.partial(kept_weights.restore, shapes=stored, wheres=places, progress=step, rooms=rooms)
+    found = _restored({"own": own, "whole": whole} if own and whole else {}, restore, agree)
     if found is None:
         found = load_weights(checkpoint, stored, wheres=places, roundings=ROUNDINGS, progress=step, rooms=rooms)
-        if folder:
-            kept_weights.keep(folder, found)
+        if own and not kept_weights.exists(own):
+            kept_weights.keep(own, found)
     for name in repeated:
         found[name] = mesh.repeat_kv_heads(found[name], shapes[name].shape, wheres[name])
     for name in in_panels:
         found[name] = _in_panels(found[name], (rooms or {}).get(name))
     return found
+
+
+def _restored(folders, restore, agree):
+    """The weights of an entry that every host has and can trust; None where all must convert, so that none are mixed.
+
+    Args:
+        folders: {name: entry}, the better one by name first.
+        restore: restore(folder) gives the weights or None.
+    """
+    have = {name for name, folder in folders.items() if kept_weights.exists(folder)}
+    common = agree(have)
+    if have and not common:
+        log.info("the weights that are kept here are not used: another host has none, so that all convert")
+    if not common:
+        return None
+    found = restore(folders[min(common)])
+    if agree({"sound"} if found is not None else set()):
+        return found
+    if found is not None:
+        log.warning("the weights that are kept here are not used: another host's are damaged, so that all convert")
+    return None
 
 
 def _in_panels(array, room):

@@ -201,6 +201,8 @@ def table(folder: Path, num_bytes: int, runs: int, kinds: Sequence[str]) -> list
         for devices in (4, 2, 1):
             row(kind, "kept" if devices == 4 else "kept by 4", cache, devices, **options)
         row(kind, "safetensors", None, 1, processes=2, **options)
+        row(kind, "safetensors, kept", cache, 1, processes=2, clear=True, **options)
+        row(kind, "kept by 2 x 1", cache, 1, processes=2, **options)
         shutil.rmtree(cache)
     return rows
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,17 +64,26 @@ class Host:
 class Server:
     """The hosts of one model, ready; `url` is where rank 0 answers."""
 
-    def __init__(self, folder, checkpoint, *flags, count=2, devices=1):
+    def __init__(self, folder, checkpoint, *flags, count=2, devices=1, caches=None):
         with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
             http, master = one.getsockname()[1], two.getsockname()[1]
         several = ["--nnodes", f"{count}", "--master-addr", "127.0.0.1", "--master-port", f"{master}"]
-        common = ["--cache-dir", f"{folder}/cache", *(several if count > 1 else []), *flags]
+        common, caches = [*(several if count > 1 else []), *flags], caches or [folder / "cache"] * count
         rank = lambda i: ["--node-rank", f"{i}", *(["--headless"] if i else [])] if count > 1 else []
         self.url, self.hosts = f"http://127.0.0.1:{http}", []
         for i in range(count):
             listens = [] if i else ["--host", "127.0.0.1", "--port", f"{http}", "--served-model-name", "tiny"]
             self.hosts.append(
-                Host(checkpoint, folder / f"{count}-{i}.log", *common, *rank(i), *listens, devices=devices)
+                Host(
+                    checkpoint,
+                    folder / f"{count}-{i}.log",
+                    "--cache-dir",
+                    f"{caches[i]}",
+                    *common,
+                    *rank(i),
+                    *listens,
+                    devices=devices,
+                )  # fmt: skip
             )
 
     def __enter__(self):
@@ -137,6 +147,42 @@ def test_two_processes_give_the_tokens_of_one(pair, alone):
     (recompiles,) = (line for line in lines if line.startswith("runtime:recompiles_total"))
     assert recompiles.endswith(" 0.0") and any(line.startswith("vllm:prefix_cache_hits_total") for line in lines)
     assert pair.get("/health").status_code == pair.get("/ready").status_code == 200
+
+
+def entries_of(*folders):
+    """{entry of weights: when it was made}."""
+    found = [entry for folder in folders for entry in (folder / "weights").iterdir()]
+    assert all((entry / "complete").exists() for entry in found)
+    return {entry: entry.stat().st_mtime_ns for entry in found}
+
+
+def test_hosts_find_the_weights_that_each_of_them_kept_or_convert_all_anew(tmp_path, checkpoint, alone):
+    """Each in a folder of its own. One host's entry is then gone, then damaged; a sound one is left as it is."""
+    caches = [tmp_path / "one", tmp_path / "two"]
+    made, unused = {}, "the weights that are kept here are not used: another host"
+
+    def start(*says):
+        """The folders in which weights were kept anew."""
+        with Server(tmp_path, checkpoint, "-tp", "2", caches=caches) as server:
+            answer = server.post("/v1/completions", **USUAL | ASKED["greedy"]).json()
+            assert [choice["token_ids"] for choice in answer["choices"]] == alone["greedy"]
+            logs = [host.log.read_text() for host in server.hosts]
+        for log, words in zip(logs, says, strict=True):
+            assert (words in log) if words else ("not used" not in log and "converting" not in log), log
+        before, now = dict(made), entries_of(*caches)
+        made.clear()
+        made.update(now)
+        return [entry.parent.parent.name for entry, when in now.items() if before.get(entry) != when]
+
+    assert start("", "") == ["one", "two"]
+    assert start("", "") == []
+    shutil.rmtree(caches[1] / "weights")
+    assert start(f"{unused} has none", "") == ["two"]
+    victim = max((caches[0] / "weights").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    assert start("is damaged; converting again", f"{unused}'s are damaged") == ["one"]
 
 
 def test_a_stop_ends_both_in_order(pair):

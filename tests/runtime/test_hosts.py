@@ -283,6 +283,23 @@ def test_hosts_settle_on_the_least_memory_and_compare_plans(join):
     assert found == {1: Memory(90, 40), 2: Memory(90, 40)}
 
 
+def test_hosts_agree_on_what_all_of_them_have(join):
+    company, others, _ = joined(join, 3)
+    found = {}
+
+    def tell(other, *asked):
+        found[other.place.rank] = [other.agree(names) for names in asked]
+
+    asked = {1: [{"own", "whole"}, set()], 2: [{"whole"}, {"sound"}]}
+    threads = [threading.Thread(target=tell, args=(other, *asked[other.place.rank]), daemon=True) for other in others]
+    for thread in threads:
+        thread.start()
+    assert company.agree({"own", "whole"}) == {"whole"} and company.agree({"sound"}) == set()
+    for thread in threads:
+        thread.join(10)
+    assert found == {1: [{"whole"}, set()], 2: [{"whole"}, set()]}
+
+
 def test_a_host_that_ends_is_named_and_no_step_is_told_to_it(join):
     company, others, outcome = joined(join, 3)
     others[1]._channel.close()

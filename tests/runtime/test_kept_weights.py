@@ -68,6 +68,33 @@ def test_arrays_larger_than_a_batch_are_kept_in_slabs(tmp_path, monkeypatch):
     assert_same(read(tmp_path / "entry", some_weights()), some_weights())
 
 
+@pytest.mark.parametrize("chunk_bytes", [8_000_000, 40])
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_what_one_of_several_processes_holds_comes_back_as_it_was(is_cut, chunk_bytes, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(kept_weights, "CHUNK_BYTES", chunk_bytes)
+    if is_cut:
+        monkeypatch.setattr(
+            kept_weights, "_slabs", lambda part, _: [(i, part[i : i + 3]) for i in range(0, len(part), 3)]
+        )
+    weights = some_weights() | {"mlp.up.kernel": jnp.asarray(np.arange(-8, 8).reshape(4, 4), jnp.int4)}
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
+    folder = kept_weights.of_this_process(tmp_path / "entry", shapes, dict.fromkeys(shapes, HERE))
+    assert folder.name.startswith("entry-")
+    keep(folder, weights)
+    assert_same(read(folder, weights), weights)
+    assert len(files(folder)) > 30 if chunk_bytes == 40 else is_cut or len(files(folder)) == 2 * len(weights) + 1
+    write = kept_weights._write_parts
+    monkeypatch.setattr(kept_weights, "_write_parts", lambda *args: _without_a_part(write(*args)))
+    keep(tmp_path / "less", weights)
+    assert read(tmp_path / "less", weights) is None and "of embed.table a part is missing" in caplog.text
+
+
+def _without_a_part(arrays):
+    arrays["embed.table"]["parts"].pop()
+    return arrays
+
+
 def test_what_is_kept_is_a_checkpoint_of_orbax(entry):
     import orbax.checkpoint as ocp
 
