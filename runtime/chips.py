@@ -84,10 +84,16 @@ def named(target: str) -> tuple[Chip, int]:
     name = ALIASES.get(match[1], match[1]) if match else ""
     if name in CHIPS and int(match[2]) in CHIPS[name].counts:
         return CHIPS[name], int(match[2])
+    several = ""
     known = [f"{chip.name}-{count}" for chip in CHIPS.values() for count in chip.counts]
     if name in CHIPS:
         close = [f"{name}-{min(CHIPS[name].counts, key=lambda n: abs(n - int(match[2])))}"]
+        if int(match[2]) > max(CHIPS[name].counts):
+            several = (
+                ". A slice of several hosts is not built ahead: with serve --nnodes each host compiles its programs at "
+                "its first start and keeps them"
+            )
     else:
         close = difflib.get_close_matches(target.lower(), known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"target {target!r} is not known{hint} Known, each one host: {', '.join(known)}")
+    raise ConfigError(f"target {target!r} is not known{hint} Known, each one host: {', '.join(known)}{several}")

@@ -53,6 +53,10 @@ def test_a_plan_keeps_nothing(config_alone, tmp_path, capsys):
         (["--target", "v6e-5"], "target 'v6e-5' is not known; did you mean v6e-4? Known, each one host: v5e-1, "),
         (["--target", "v9-8"], "'v9-8' is not known"),
         (["--target", "trillium-16"], "did you mean v6e-8?"),
+        (
+            ["--target", "v6e-16"],
+            ". A slice of several hosts is not built ahead: with serve --nnodes each host compiles",
+        ),
         (["--target", "h200"], "h100-1"),
         (
             ["--cache-dir", ""],

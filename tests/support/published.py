@@ -71,7 +71,7 @@ TPU = [
     Build("Llama-3-70B", "v6e-8"),
     Build("Qwen3-32B", "v5p-8"),
 ]
-GPU = [Build("Llama-3-8B", f"h100-{count}") for count in (1, 2, 4)]
+GPU = [Build("Llama-3-8B", target) for target in ("h100-1", "h100-2", "h100-4", "a100-1")]
 
 
 def write_config(model: str, folder: Path) -> Path:
