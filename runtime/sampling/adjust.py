@@ -32,6 +32,16 @@ def needs_adjusting_S(knobs: Knobs) -> jax.Array:
     return knobs.has(ALLOWED | MASK) | _shifts_S(knobs) | _penalises_S(knobs)
 
 
+def only_holds_stops_S(knobs: Knobs) -> jax.Array:
+    """Which rows change nothing but that their stop tokens may not come yet: bool[S]."""
+    return _holds_stops_S(knobs) & ~knobs.has(ALLOWED | MASK | BAD_WORDS | BIAS) & ~_penalises_S(knobs)
+
+
+def is_held_S(token_S, knobs: Knobs, tables: Tables, slots_S) -> jax.Array:
+    """Whether a token is one that ends its row and may not come yet: bool[S]."""
+    return (_stops_SE(knobs, tables, slots_S) == token_S[:, None]).any(-1) & _holds_stops_S(knobs)
+
+
 def looks_back_S(knobs: Knobs) -> jax.Array:
     """Which rows choose by their earlier tokens: bool[S]."""
     return knobs.has(BAD_WORDS) | _penalises_S(knobs)
@@ -90,18 +100,22 @@ def _shift(logits_SV, *, knobs, tables, slots_S, history_XU):
 
     One, because a TPU's compiler takes seconds over each.
     """
-    words_SBL, stops_SE = tables.bad_words_XBL[slots_S], tables.stop_ids_XE[slots_S]
-    own_SE = jnp.arange(stops_SE.shape[1]) < knobs.num_stop_ids_S[:, None]
-    held_S1 = _holds_stops_S(knobs)[:, None]
+    words_SBL, held_S1 = tables.bad_words_XBL[slots_S], _holds_stops_S(knobs)[:, None]
     parts = (
         (words_SBL[:, :, -1], _is_said(words_SBL, knobs, slots_S, history_XU), BANNED),
         (tables.bias_ids_XN[slots_S], knobs.has(BIAS)[:, None], tables.bias_values_XN[slots_S]),
-        (stops_SE, own_SE & held_S1, BANNED),
-        (tables.eos_ids_XE[slots_S], held_S1, BANNED),
+        (_stops_SE(knobs, tables, slots_S), held_S1, BANNED),
     )
     ids_SI = jnp.concatenate([_or_outside(ids, wanted, logits_SV.shape[1]) for ids, wanted, _ in parts], axis=1)
     values_SI = jnp.concatenate([jnp.broadcast_to(value, ids.shape) for ids, _, value in parts], axis=1)
     return _scatter_add(logits_SV, ids_SI, values_SI)
+
+
+def _stops_SE(knobs, tables, slots_S):
+    """The ids that end a row, its own and the model's; below 0 is none."""
+    own_SE = tables.stop_ids_XE[slots_S]
+    own_SE = jnp.where(jnp.arange(own_SE.shape[1]) < knobs.num_stop_ids_S[:, None], own_SE, -1)
+    return jnp.concatenate([own_SE, tables.eos_ids_XE[slots_S]], axis=1)
 
 
 def _is_said(words_SBL, knobs, slots_S, history_XU):

@@ -17,7 +17,7 @@ from jax import lax
 from pallas_kernels.choose import best, choose, distances
 from pallas_kernels.platform import current_platform
 from runtime.sampling import logprobs
-from runtime.sampling.adjust import BANNED, adjust, needs_adjusting_S
+from runtime.sampling.adjust import BANNED, adjust, is_held_S, needs_adjusting_S, only_holds_stops_S
 from runtime.sampling.knobs import IGNORE_EOS, LOGPROBS, Knobs
 from runtime.sampling.noise import random_bits
 from runtime.sampling.tables import Tables
@@ -83,13 +83,19 @@ def sample(
 
 def pick(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, num_rows=None):
     """(token_S, is_faulty_S, cutoff_S): the first half of `sample`, and the largest distance from the best kept."""
-    adjusted = lambda: adjust(logits_SV, knobs, tables, slots_S, history_XU, mask_SW)
+    rows = knobs, tables, slots_S, history_XU, mask_SW
     if current_platform() != "cpu":
-        return _choose(adjusted(), knobs, num_rows, _is_finite_S(logits_SV))
-    return lax.cond(  # two programs: there they are small, and a cond that gives the logits back copies
-        needs_adjusting_S(knobs).any(),
-        lambda: _choose(adjusted(), knobs, num_rows, _is_finite_S(logits_SV, num_rows)),
-        lambda: _choose(logits_SV, knobs, num_rows),
+        return _choose(adjust(logits_SV, *rows), knobs, num_rows, _is_finite_S(logits_SV))
+    # There a look at all logits takes less time than a copy of them, and a cond that gives them back copies.
+    needs_S = needs_adjusting_S(knobs)
+    token_S, is_faulty_S, cutoff_S = _choose(logits_SV, knobs, num_rows, is_random_S=knobs.is_random_S & ~needs_S)
+    # A greedy row that only holds its stop tokens back gains another token by that if it was one of them.
+    held_S = is_held_S(token_S, knobs, tables, slots_S)
+    settled_S = ~needs_S | (only_holds_stops_S(knobs) & ~knobs.is_random_S & ~held_S)
+    return lax.cond(
+        settled_S.all(),
+        lambda: (token_S, is_faulty_S, cutoff_S),
+        lambda: _choose(adjust(logits_SV, *rows), knobs, num_rows, ~is_faulty_S),
     )
 
 
@@ -131,17 +137,19 @@ def finished(token_S, knobs: Knobs, tables: Tables, slots_S) -> jax.Array:
     return stops_S | ((knobs.max_tokens_S > 0) & (knobs.num_generated_S + 1 >= knobs.max_tokens_S))
 
 
-def _is_finite_S(logits_SV, num_rows=None):
-    if current_platform() == "cpu":  # to look for the likeliest tells as well, and of real rows alone
-        floats_S, ints_S, bits_S = (jnp.zeros(len(logits_SV), dtype) for dtype in (jnp.float32, jnp.int32, jnp.uint32))
-        return choose(logits_SV, floats_S, ints_S, floats_S, floats_S, bits_S, num_rows)[3]
+def _is_finite_S(logits_SV):
     return jnp.isfinite(logits_SV.sum(-1))  # a sum sees NaN and both infinities; a maximum may miss NaN
 
 
-def _choose(logits_SV, knobs: Knobs, num_rows, is_finite_S=None):
-    """(token_S, is_faulty_S, cutoff_S); is_finite_S is whether the logits were finite before they were adjusted."""
+def _choose(logits_SV, knobs: Knobs, num_rows, is_finite_S=None, *, is_random_S=None):
+    """(token_S, is_faulty_S, cutoff_S).
+
+    Args:
+        is_finite_S: whether the logits were finite before they were adjusted; None where they were not.
+        is_random_S: rows to draw from, where these are not all that the knobs say.
+    """
     k = knobs
-    temperature_S = jnp.where(k.is_random_S, k.temperature_S, 0.0)
+    temperature_S = jnp.where(k.is_random_S if is_random_S is None else is_random_S, k.temperature_S, 0.0)
     bits_S = random_bits(k.seed_high_S, k.seed_low_S, k.num_generated_S)
     settings = temperature_S, k.top_k_S, k.top_p_S, k.min_p_S
     token_S, best_S, cutoff_S, finite_S = choose(logits_SV, *settings, bits_S, num_rows)

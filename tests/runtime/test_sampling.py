@@ -254,6 +254,31 @@ def test_ends_are_held_back_until_min_tokens(ignore_eos):
     assert run(logits_SV[:4], rows)[0].token_S[:4].tolist() == [50, 50, 2, 2]
 
 
+@pytest.mark.parametrize(
+    "wish",
+    [
+        dict(temperature=0, min_tokens=1),
+        dict(temperature=1, min_tokens=1),
+        dict(temperature=0, logit_bias={2: -50}),
+        dict(temperature=0, allowed_token_ids=[5, 50]),
+        dict(temperature=0, frequency_penalty=2.0),
+    ],
+    ids=str,
+)
+def test_a_setting_is_obeyed_though_no_other_row_has_one(wish):
+    logits_SV = np.full((S, V), -50.0, np.float32)
+    logits_SV[:, [2, 50]] = 9, 6
+    plain = Row(SamplingParams(temperature=0))
+    odd = Row(SamplingParams(**wish), generated=[2, 2] if "frequency_penalty" in wish else [])
+    assert run(logits_SV[:3], [plain, odd, plain])[0].token_S[:3].tolist() == [2, 50, 2]
+
+
+def test_random_rows_that_hold_their_ends_back_are_drawn_all_the_same():
+    rows = [Row(SamplingParams(temperature=1, min_tokens=1), seed=seed) for seed in range(S)]
+    tokens = run(np.zeros((S, V), np.float32), rows)[0].token_S.tolist()
+    assert len(set(tokens)) > 2 and not set(tokens) & set(EOS)
+
+
 def test_what_ends_a_row():
     cases = [
         (dict(), 0, 2, True),  # EOS
