@@ -3,7 +3,7 @@
 Starts `python -m runtime.serve` for the demo model in bfloat16 as a process of its own and runs 1, 8 and 32 requests at
 once (128 tokens in, 128 out) and 1 and 8 (1024 in, 32 out), several times; the table has medians over the runs. Beside
 them: seconds to the first answer by phase, resident memory, and the floor: the time to read the weights once, which no
-step can go below while the rows are few.
+step can go below while the rows are few, measured after each run of one request.
 
 With PEER_PYTHON (an interpreter that has vLLM) and PEER_MODEL (a folder for it) the peer is started afterwards, never
 beside ours, and gets the same loads; ratios are ours over the peer's. Only ratios say something on a borrowed machine.
@@ -71,8 +71,15 @@ def medians(rows: list[dict]) -> dict:
     return {"out_tok_s": middle([row["out_tok_s"] for row in rows]), **times, **failed, "runs": rows}
 
 
-def run_loads(url: str, wanted: list[Shape], *, vocab: int, runs: int, requests: int | None, timeout_s: float) -> dict:
-    """{shape: medians}, printed as they come. Every run has prompts of its own, or the prefix cache would answer."""
+def run_loads(
+    url: str, wanted: list[Shape], *, vocab: int, runs: int, requests: int | None, timeout_s: float,
+    after: Callable[[], object] = lambda: None,
+) -> dict:  # fmt: skip
+    """{shape: medians}, printed as they come. Every run has prompts of its own, or the prefix cache would answer.
+
+    Args:
+        after: called after each run of one request at a time, while the server idles.
+    """
     print(HEADER, flush=True)
     load = bench.Load(url=url, model="", vocab=vocab, timeout_s=timeout_s)
     load = dataclasses.replace(load, model=bench.served_model(load))
@@ -85,6 +92,8 @@ def run_loads(url: str, wanted: list[Shape], *, vocab: int, runs: int, requests:
             )
             count = max(shape.level, requests or 3 * shape.level)
             rows.append(bench.measure(own, concurrency=shape.level, num_requests=count))
+            if shape.level == 1:
+                after()
         results[shape] = medians(rows)
         print(table_line(shape, results[shape]), flush=True)
     return results
@@ -99,8 +108,8 @@ def table_line(shape: Shape, row: dict) -> str:
     return "\n".join([f"{text} {row['failed']:>6}", *(f"{'':>8} {error}" for error in row["errors"])])
 
 
-def floor_ms(num_bytes: int, threads: int, repeats: int = 7) -> tuple[float, float]:
-    """(milliseconds to read so many bytes once with so many threads, GB/s): the best of several."""
+def read_speed(num_bytes: int, threads: int, repeats: int = 7) -> float:
+    """GB/s at which so many threads read so many bytes once: the median of several, as steps are told by theirs."""
     weights = np.ones(num_bytes // 8, np.int64)  # their maximum is what NumPy reads fastest
     parts = np.array_split(weights, threads * 8)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
@@ -109,7 +118,7 @@ def floor_ms(num_bytes: int, threads: int, repeats: int = 7) -> tuple[float, flo
             start = time.perf_counter()
             list(pool.map(np.max, parts))
             times.append(time.perf_counter() - start)
-    return 1e3 * min(times), num_bytes / min(times) / 1e9
+    return num_bytes / statistics.median(times) / 1e9
 
 
 def measure_ours(name: str, flags: list[str], args, wanted: list[Shape]) -> dict:
@@ -123,24 +132,33 @@ def measure_ours(name: str, flags: list[str], args, wanted: list[Shape]) -> dict
         }
         spent = "  ".join(f"{phase} {s:.1f}" for phase, s in about["phases_s"].items())
         print(f"ready after {server.seconds:.1f} s ({spent}); {about['memory_ready_mib']:,} MiB resident")
+        mib, speeds = server_process.weight_mib(server.banner), []
+        read = lambda: speeds.append(read_speed(mib * 2**20, bench.machine()["cpus"])) if mib else None  # type: ignore[arg-type]
         bounds = {"vocab": args.vocab, "requests": args.requests, "timeout_s": args.timeout}
-        results = run_loads(server.url, wanted, runs=args.runs, **bounds)
+        results = run_loads(server.url, wanted, runs=args.runs, after=read, **bounds)
         about["memory_loaded_mib"] = server.memory_mib
         print(f"{about['memory_loaded_mib']:,} MiB resident after the loads")
-        mib = server_process.weight_mib(server.banner)
-    if mib:
-        about |= floor(mib, results)
+    if mib and speeds:
+        about |= floor(mib, statistics.median(speeds), results)
     return about | {"results": results}
 
 
-def floor(mib: int, results: dict) -> dict:
-    """How near the steps of one request come to reading the weights once; measured when the server has gone."""
-    floor, speed = floor_ms(mib * 2**20, bench.machine()["cpus"])  # type: ignore[arg-type]
+def floor(mib: int, speed: float, results: dict) -> dict:
+    """How near the steps of one request come to reading the weights once, at this speed in GB/s.
+
+    Speed and steps were measured in turns: what memory gives on a borrowed machine changes by the minute.
+    """
+    floor_ms = mib * 2**20 / speed / 1e6
     alone = [row["itl_ms"]["p50"] for shape, row in results.items() if shape.level == 1 and row["itl_ms"]["p50"]]
-    text = f"floor: {mib:,} MiB of weights at {speed:.1f} GB/s are {floor:.1f} ms a step"
-    share = f"; one request takes {alone[0]:.1f} ms: {floor / alone[0]:.0%} of what is possible" if alone else ""
+    text = f"floor: {mib:,} MiB of weights at {speed:.1f} GB/s are {floor_ms:.1f} ms a step"
+    share = f"; one request takes {alone[0]:.1f} ms: {floor_ms / alone[0]:.0%} of what is possible" if alone else ""
     print(text + share)
-    return {"weights_mib": mib, "read_gb_s": speed, "floor_ms": floor, "share": floor / alone[0] if alone else None}
+    return {
+        "weights_mib": mib,
+        "read_gb_s": speed,
+        "floor_ms": floor_ms,
+        "share": floor_ms / alone[0] if alone else None,
+    }
 
 
 def measure_peer(args, wanted: list[Shape]) -> dict:
