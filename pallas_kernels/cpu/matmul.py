@@ -378,7 +378,7 @@ def multiplies_panels(num_in: int, dtype) -> bool:
     """Whether there are instructions for kernels of this dtype in panels."""
     if jnp.dtype(dtype) == jnp.bfloat16:
         return num_in % 32 == 0
-    return jnp.dtype(dtype) == jnp.int8 and v.HAS_AVX2 and num_in % 64 == 0
+    return jnp.dtype(dtype) == jnp.int8 and panels.HAS_BYTES and num_in % 64 == 0
 
 
 def linear(

@@ -19,6 +19,7 @@ OUTS = VECTORS * v.LANES
 LINE = 64  # bytes in a cache line
 # Tokens a tile: two sums each, beside the weights and one token's word, in 32 registers or in 16.
 TILES = (12, 8, 6, 4, 3, 2, 1) if v.LANES == 16 else (6, 4, 3, 2, 1)
+HAS_BYTES = v.HAS_BYTE_DOT or (v.HAS_AVX2 and v.LANES == 8)  # whether there is a product of int8
 MOST_OF_BYTES = TILES[0] if v.HAS_BYTE_DOT else 4  # of int8, whose weights and their sizes take registers too
 DEPTH_BYTES = 2048  # of a token's inputs at a time: a tile's tokens then fit the first level of caches
 CHUNK_BYTES = 131072  # of weights that a thread claims at a time
@@ -156,7 +157,7 @@ def _nothing(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
 
 _bf16 = _by_tokens(panel_tile_pairs if v.HAS_BF16_DOT else panel_tile_halves, TILES)
 _tile_of_bytes = panel_tile_bytes if v.HAS_BYTE_DOT else panel_tile_signed
-_bytes = _by_tokens(_tile_of_bytes, [size for size in TILES if size <= MOST_OF_BYTES]) if v.HAS_AVX2 else _nothing
+_bytes = _by_tokens(_tile_of_bytes, [size for size in TILES if size <= MOST_OF_BYTES]) if HAS_BYTES else _nothing
 
 
 @v.inner
