@@ -1,4 +1,4 @@
-"""The kernels on kinds of CPU that this machine is not: they compile, and those of AVX2 give the reference's numbers."""
+"""The kernels on kinds of CPU that this machine is not: they compile, and those of AVX2 give right numbers."""
 
 import os
 import pathlib
