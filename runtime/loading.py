@@ -196,8 +196,8 @@ class _Steps:
     def soon_known_layouts(self) -> formats.Layouts:
         """The same where they are restored, which takes no time; what takes a compile is not waited for.
 
-        The usual layouts have been every compiler's choice so far, so weights are read to these meanwhile, and laid out
-        anew where that was wrong.
+        Compilers have chosen the usual layouts for nearly all weights so far, so weights are read to these meanwhile,
+        and laid out anew where that was wrong.
         """
         return self.layouts() if self.are_kept and self.are_chosen else {}
 

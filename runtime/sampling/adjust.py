@@ -111,11 +111,15 @@ def _shift(logits_SV, *, knobs, tables, slots_S, history_XU):
     return _scatter_add(logits_SV, ids_SI, values_SI)
 
 
-def _stops_SE(knobs, tables, slots_S):
-    """The ids that end a row, its own and the model's; below 0 is none."""
+def own_stops_SE(knobs: Knobs, tables: Tables, slots_S) -> jax.Array:
+    """The ids that end a row by its request's wish; below 0 is none, whatever the slot's last user left there."""
     own_SE = tables.stop_ids_XE[slots_S]
-    own_SE = jnp.where(jnp.arange(own_SE.shape[1]) < knobs.num_stop_ids_S[:, None], own_SE, -1)
-    return jnp.concatenate([own_SE, tables.eos_ids_XE[slots_S]], axis=1)
+    return jnp.where(jnp.arange(own_SE.shape[1]) < knobs.num_stop_ids_S[:, None], own_SE, -1)
+
+
+def _stops_SE(knobs, tables, slots_S):
+    """The ids that end a row, its own and the model's."""
+    return jnp.concatenate([own_stops_SE(knobs, tables, slots_S), tables.eos_ids_XE[slots_S]], axis=1)
 
 
 def _is_said(words_SBL, knobs, slots_S, history_XU):

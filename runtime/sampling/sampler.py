@@ -17,7 +17,14 @@ from jax import lax
 from pallas_kernels.choose import best, choose, distances
 from pallas_kernels.platform import current_platform
 from runtime.sampling import logprobs
-from runtime.sampling.adjust import BANNED, adjust, is_held_S, needs_adjusting_S, only_holds_stops_S
+from runtime.sampling.adjust import (
+    BANNED,
+    adjust,
+    is_held_S,
+    needs_adjusting_S,
+    only_holds_stops_S,
+    own_stops_SE,
+)
 from runtime.sampling.knobs import IGNORE_EOS, LOGPROBS, Knobs
 from runtime.sampling.noise import random_bits
 from runtime.sampling.tables import Tables
@@ -88,7 +95,8 @@ def pick(logits_SV, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, num_r
         return _choose(adjust(logits_SV, *rows), knobs, num_rows, _is_finite_S(logits_SV))
     # There a look at all logits takes less time than a copy of them, and a cond that gives them back copies.
     needs_S = needs_adjusting_S(knobs)
-    token_S, is_faulty_S, cutoff_S = _choose(logits_SV, knobs, num_rows, is_random_S=knobs.is_random_S & ~needs_S)
+    greedy = dataclasses.replace(knobs, temperature_S=jnp.where(needs_S, 0.0, knobs.temperature_S))
+    token_S, is_faulty_S, cutoff_S = _choose(logits_SV, greedy, num_rows)
     # A greedy row that only holds its stop tokens back gains another token by that if it was one of them.
     held_S = is_held_S(token_S, knobs, tables, slots_S)
     settled_S = ~needs_S | (only_holds_stops_S(knobs) & ~knobs.is_random_S & ~held_S)
@@ -130,10 +138,9 @@ def finished(token_S, knobs: Knobs, tables: Tables, slots_S) -> jax.Array:
     A row ends at max_tokens, with one of its stop ids, or with the model's EOS unless that is ignored;
     the last two only once min_tokens are there.
     """
-    own_SE = tables.stop_ids_XE[slots_S]
-    is_own_SE = (own_SE == token_S[:, None]) & (jnp.arange(own_SE.shape[1]) < knobs.num_stop_ids_S[:, None])
+    is_own_S = (own_stops_SE(knobs, tables, slots_S) == token_S[:, None]).any(-1)
     is_eos_S = (tables.eos_ids_XE[slots_S] == token_S[:, None]).any(-1) & ~knobs.has(IGNORE_EOS)
-    stops_S = (is_own_SE.any(-1) | is_eos_S) & (knobs.num_generated_S >= knobs.min_tokens_S)
+    stops_S = (is_own_S | is_eos_S) & (knobs.num_generated_S >= knobs.min_tokens_S)
     return stops_S | ((knobs.max_tokens_S > 0) & (knobs.num_generated_S + 1 >= knobs.max_tokens_S))
 
 
@@ -141,15 +148,10 @@ def _is_finite_S(logits_SV):
     return jnp.isfinite(logits_SV.sum(-1))  # a sum sees NaN and both infinities; a maximum may miss NaN
 
 
-def _choose(logits_SV, knobs: Knobs, num_rows, is_finite_S=None, *, is_random_S=None):
-    """(token_S, is_faulty_S, cutoff_S).
-
-    Args:
-        is_finite_S: whether the logits were finite before they were adjusted; None where they were not.
-        is_random_S: rows to draw from, where these are not all that the knobs say.
-    """
+def _choose(logits_SV, knobs: Knobs, num_rows, is_finite_S=None):
+    """(token_S, is_faulty_S, cutoff_S); is_finite_S is whether the logits were finite before they were adjusted."""
     k = knobs
-    temperature_S = jnp.where(k.is_random_S if is_random_S is None else is_random_S, k.temperature_S, 0.0)
+    temperature_S = jnp.where(k.is_random_S, k.temperature_S, 0.0)
     bits_S = random_bits(k.seed_high_S, k.seed_low_S, k.num_generated_S)
     settings = temperature_S, k.top_k_S, k.top_p_S, k.min_p_S
     token_S, best_S, cutoff_S, finite_S = choose(logits_SV, *settings, bits_S, num_rows)

@@ -211,7 +211,9 @@ def test_int4_cpu_kernel_matches_the_reference(T, I, J, out, dtype, rtol):
     np.testing.assert_array_equal(some_TO[: T - 1], got_TO[: T - 1])
 
 
-needs_byte_products = pytest.mark.skipif(not matmul.multiplies_panels(64, jnp.int8), reason="needs a CPU with AVX2")
+needs_byte_products = pytest.mark.skipif(
+    not matmul.multiplies_panels(64, jnp.int8), reason="this CPU has no product of int8 in panels"
+)
 
 
 @needs_cpu_kernels
