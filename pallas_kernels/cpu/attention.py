@@ -372,27 +372,14 @@ def _fetch(job, following, offset, num_bytes, first, end):
 
 
 @_compiled
-def _score(job, rows, q, keys_HU, columns, scores):
-    """Products of the queries of one head with a block's keys, `columns` of them."""
-    size = v.load_i64(job + H)
+def _multiply(job, rows, a, a_stride, b, b_stride, count, columns, c, more):
+    """c[rows, columns] (+)= a[rows, count] @ b[count, columns], where b is a block's keys or values; see `outer`."""
     if _in_pairs(job):
-        outer.pairs(rows, q, 2 * size, keys_HU, 4 * BLOCK, size // 2, columns, scores, 4 * BLOCK, 0)
+        outer.pairs(rows, a, a_stride, b, b_stride, count // 2, columns, c, b_stride, more)
     elif _in_words(job):
-        outer.halves(rows, q, 4 * size, keys_HU, 4 * BLOCK, size // 2, columns, scores, 4 * BLOCK, 0)
+        outer.halves(rows, a, a_stride, b, b_stride, count // 2, columns, c, b_stride, more)
     else:
-        outer.floats(rows, q, 4 * size, keys_HU, 4 * BLOCK, size, columns, scores, 4 * BLOCK, 0)
-
-
-@_compiled
-def _add_values(job, rows, weights, values_UH, columns, out):
-    """Adds a block's values, `columns` of them, each times its weight."""
-    size = v.load_i64(job + H)
-    if _in_pairs(job):
-        outer.pairs(rows, weights, 4 * BLOCK, values_UH, 4 * size, columns // 2, size, out, 4 * size, 1)
-    elif _in_words(job):
-        outer.halves(rows, weights, 4 * BLOCK, values_UH, 4 * size, columns // 2, size, out, 4 * size, 1)
-    else:
-        outer.floats(rows, weights, 4 * BLOCK, values_UH, 4 * size, columns, size, out, 4 * size, 1)
+        outer.floats(rows, a, a_stride, b, b_stride, count, columns, c, b_stride, more)
 
 
 @_compiled
@@ -423,7 +410,7 @@ def _attend(job, chunk, thread):
     zeros = other + 8 * BLOCK
     for h in range(0, v.load_i64(job + C) * size, v.LANES):
         v.store_v(zeros + 4 * h, v.splat(0.0))
-    window = v.load_i64(job + WINDOW)
+    window, q_stride = v.load_i64(job + WINDOW), (2 if _in_pairs(job) else 4) * size
     from_, num_bytes = 4 * head * size, 4 * heads * size  # of a token of bfloat16: what this task reads
     oldest, end = max(0, position - window + 1), position + queries  # keys that the tile sees
     start = oldest // BLOCK * BLOCK
@@ -443,7 +430,7 @@ def _attend(job, chunk, thread):
             first, share = k * BLOCK // heads, (k + 1) * BLOCK // heads - k * BLOCK // heads
             ends = first + share * pairs.AFTER_KEYS // 64, first + share * pairs.AFTER_VALUES // 64
             _widen_keys(job, head + k, places, other, columns, keys_HU, values_UH, from_, num_bytes, first, *ends)
-            _score(job, rows, mine_q, keys_HU, columns, scores)
+            _multiply(job, rows, mine_q, q_stride, keys_HU, 4 * BLOCK, size, columns, scores, 0)
             fetched = _fetch(job, other, from_, num_bytes, ends[1], first + share * pairs.AFTER_SCORES // 64)
             for i in range(rows):
                 seen = position + i // groups + 1 - start
@@ -451,7 +438,7 @@ def _attend(job, chunk, thread):
                 _soften(job, scores + 4 * BLOCK * i, columns, unseen, seen, peak, line + 4 * i * size)
                 part = pairs.AFTER_SCORES + (pairs.AFTER_WEIGHTS - pairs.AFTER_SCORES) * (i + 1) // rows
                 fetched = _fetch(job, other, from_, num_bytes, fetched, first + share * part // 64)
-            _add_values(job, rows, scores, values_UH, columns, line)
+            _multiply(job, rows, scores, 4 * BLOCK, values_UH, 4 * size, columns, size, line, 1)
             _fetch(job, other, from_, num_bytes, fetched, first + share)
         start += BLOCK
         places, other = other, places

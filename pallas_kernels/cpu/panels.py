@@ -53,24 +53,22 @@ def panel_tile_signed(rows):
     """As `panel_tile_pairs` for int8 x and w in [-127, 127]; exact, for AVX2. See `tiles.dot_tile_i8`."""
     bytes_ = ir.VectorType(v.I8, 32)
 
-    def step(b, totals, x_rows, k, w, nothing):
-        weights = [b.bitcast(_word(b, w, n), bytes_) for n in range(VECTORS)]
-        sizes = [v.call(b, "llvm.abs.v32i8", bytes_, each, ir.Constant(ir.IntType(1), 0)) for each in weights]
-        for m, row in enumerate(x_rows):
-            value = b.bitcast(v.spread(b, v.load(b, b.add(row, k), v.I32, 4)), bytes_)
-            for n in range(VECTORS):
-                fours = tiles.multiply_fours(b, sizes[n], weights[n], value)
-                totals[m * VECTORS + n] = b.add(totals[m * VECTORS + n], fours)
+    def with_sizes(b, word):
+        weights = b.bitcast(word, bytes_)
+        return v.call(b, "llvm.abs.v32i8", bytes_, weights, ir.Constant(ir.IntType(1), 0)), weights
 
-    return _panel_tile(rows, f"panel_{rows}_signed", VI32, step)
+    def add(b, total, x, w):
+        return b.add(total, tiles.multiply_fours(b, *w, b.bitcast(x, bytes_)))
+
+    return _panel_tile(rows, f"panel_{rows}_signed", VI32, _by_words(add, with_sizes))
 
 
-def _by_words(add):
-    """A step that adds products of whole words: add(builder, total, x, w) -> total, for a register of each."""
+def _by_words(add, prepared=lambda b, word: word):
+    """A step that adds products of whole words: add(builder, total, x, prepared(builder, w)) -> total."""
 
-    def step(b, totals, x_rows, k, w, nothing):
+    def step(b, totals, x_rows, k, w):
         load_x = [lambda row=row: v.spread(b, v.load(b, b.add(row, k), v.I32, 4)) for row in x_rows]
-        load_w = [lambda n=n: _word(b, w, n) for n in range(VECTORS)]
+        load_w = [lambda n=n: prepared(b, _word(b, w, n)) for n in range(VECTORS)]
         tiles.add_outer(b, totals, load_x, load_w, lambda b, x, w, total: add(b, total, x, w))
 
     return step
@@ -85,8 +83,7 @@ def _panel_tile(rows, name, sums_type, step, shift=None):
     """A tile of a panel.
 
     Args:
-        step: (builder, totals, x_rows, k, w, nothing) adds the products of the words at w, byte k of the kernel's rows,
-            in place; nothing is a `tiles.hidden_zero`.
+        step: (builder, totals, x_rows, k, w) adds the products of the words at w, byte k of a kernel's row, in place.
         shift: (builder, total, word) -> total, what is taken off every sum in the end.
     """
 
@@ -98,7 +95,6 @@ def _panel_tile(rows, name, sums_type, step, shift=None):
         before = [b.select(adds, v.load(b, place, VF32, 4), v.constant(VF32, 0.0)) for place in places]
         start = [zero] * len(places) if sums_type == VI32 else before
         num_shifts = VECTORS if shift is not None else 0
-        nothing = tiles.hidden_zero(b, w)
 
         @tiles.loop(b, count, [*start, *[zero] * num_shifts, w, fetch], 4)
         def sums(k, state):
@@ -106,7 +102,7 @@ def _panel_tile(rows, name, sums_type, step, shift=None):
             for line in range(0, 4 * OUTS, LINE):
                 v.prefetch(b, b.add(at_fetch, ir.Constant(I64, line)), level=2)
             products = totals[: rows * VECTORS]
-            step(b, products, x_rows, k, at_w, nothing)
+            step(b, products, x_rows, k, at_w)
             shifts = [shift(b, total, _word(b, at_w, n)) for n, total in enumerate(totals[rows * VECTORS :])]
             totals = products + shifts
             return [*totals, b.add(at_w, ir.Constant(I64, 4 * OUTS)), b.add(at_fetch, fetch_step)]
@@ -127,9 +123,9 @@ def _panel_tile(rows, name, sums_type, step, shift=None):
 def panel_tile_halves(rows):
     """As `panel_tile_pairs` for float32 x and bfloat16 w, whose words are widened half by half, on any CPU."""
 
-    def step(b, totals, x_rows, k, w, nothing):
-        at_x = b.shl(k, ir.Constant(I64, 1))
-        tiles.add_halves(b, totals, [b.add(row, at_x) for row in x_rows], [w, b.add(w, nothing)])
+    def step(b, totals, x_rows, k, w):
+        at_x, again = b.shl(k, ir.Constant(I64, 1)), b.add(w, tiles.hidden_zero(b, x_rows[0]))
+        tiles.add_halves(b, totals, [b.add(row, at_x) for row in x_rows], [w, again])
 
     return _panel_tile(rows, f"panel_{rows}_halves", VF32, step)
 

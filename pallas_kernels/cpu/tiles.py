@@ -222,55 +222,46 @@ def outer_tile(rows, vectors, pairs=False):
     and of b is a pair of bfloat16.
     """
 
-    step = add_pairs if pairs else v.fused
+    def add(b, totals, k, a_rows, matrix, b_stride):
+        at_b, at_a = b.add(matrix, b.mul(k, b_stride)), b.shl(k, ir.Constant(I64, 2))
+        load_a = [lambda row=row: v.spread(b, v.load(b, b.add(row, at_a), F32, 4)) for row in a_rows]
+        load_b = [lambda n=n: v.load(b, b.add(at_b, ir.Constant(I64, n * v.WIDTH)), VF32, 4) for n in range(vectors)]
+        add_outer(b, totals, load_a, load_b, add_pairs if pairs else v.fused)
 
-    def tile(b, a, a_stride, matrix, b_stride, count, c, c_stride, more):
-        a_rows, c_rows = steps(b, a, a_stride, rows), steps(b, c, c_stride, rows)
-        adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
-        places = [b.add(row, ir.Constant(I64, n * v.WIDTH)) for row in c_rows for n in range(vectors)]
-        start = [b.select(adds, v.load(b, place, VF32, 4), v.constant(VF32, 0.0)) for place in places]
-
-        @loop(b, count, start, 1)
-        def sums(k, state):
-            at_b, at_a = b.add(matrix, b.mul(k, b_stride)), b.shl(k, ir.Constant(I64, 2))
-            load_a = [lambda row=row: v.spread(b, v.load(b, b.add(row, at_a), F32, 4)) for row in a_rows]
-            load_b = [
-                lambda n=n: v.load(b, b.add(at_b, ir.Constant(I64, n * v.WIDTH)), VF32, 4) for n in range(vectors)
-            ]
-            totals = list(state)
-            add_outer(b, totals, load_a, load_b, step)
-            return totals
-
-        for place, value in zip(places, sums, strict=True):
-            v.store(b, value, place, 4)
-
-    tile.__name__ = f"outer_{rows}x{vectors}{'_pairs' if pairs else ''}"
-    return v.op(types.none, *[types.intp] * 8)(tile)
+    return _outer_tile(rows, vectors, f"outer_{rows}x{vectors}{'_pairs' if pairs else ''}", add)
 
 
 @functools.cache
 def outer_tile_halves(rows, vectors):
     """As `outer_tile` for float32 a of two elements a k, and b of words of two bfloat16: b[k, n] is a pair."""
 
+    def add(b, totals, k, a_rows, matrix, b_stride):
+        at_b, again = (b.add(at, b.mul(k, b_stride)) for at in (matrix, b.add(matrix, hidden_zero(b, a_rows[0]))))
+        at_a = b.shl(k, ir.Constant(I64, 3))
+        add_halves(b, totals, [b.add(row, at_a) for row in a_rows], [at_b, again])
+
+    return _outer_tile(rows, vectors, f"outer_{rows}x{vectors}_halves", add)
+
+
+def _outer_tile(rows, vectors, name, add):
+    """A tile of c; add(builder, totals, k, a_rows, b, b_stride) adds the products of a k, in place."""
+
     def tile(b, a, a_stride, matrix, b_stride, count, c, c_stride, more):
         a_rows, c_rows = steps(b, a, a_stride, rows), steps(b, c, c_stride, rows)
         adds = b.icmp_signed("!=", more, ir.Constant(I64, 0))
         places = [b.add(row, ir.Constant(I64, n * v.WIDTH)) for row in c_rows for n in range(vectors)]
         start = [b.select(adds, v.load(b, place, VF32, 4), v.constant(VF32, 0.0)) for place in places]
 
-        again = b.add(matrix, hidden_zero(b, matrix))
-
         @loop(b, count, start, 1)
         def sums(k, state):
-            step, at_a = b.mul(k, b_stride), b.shl(k, ir.Constant(I64, 3))
             totals = list(state)
-            add_halves(b, totals, [b.add(row, at_a) for row in a_rows], [b.add(matrix, step), b.add(again, step)])
+            add(b, totals, k, a_rows, matrix, b_stride)
             return totals
 
         for place, value in zip(places, sums, strict=True):
             v.store(b, value, place, 4)
 
-    tile.__name__ = f"outer_{rows}x{vectors}_halves"
+    tile.__name__ = name
     return v.op(types.none, *[types.intp] * 8)(tile)
 
 
