@@ -209,7 +209,7 @@ def _in_words(job):
 @_compiled
 def _in_pairs(job):
     """Whether both products are of pairs of bfloat16: of queries and keys, of weights and values."""
-    return v.HAS_BF16_DOT and _in_words(job) and v.load_i64(job + INPUT_DTYPE) == BF16
+    return v.MULTIPLIES_PAIRS and _in_words(job) and v.load_i64(job + INPUT_DTYPE) == BF16
 
 
 @_compiled

@@ -85,7 +85,7 @@ def _by_rows(tile, shapes):
 _wide_f32, _wide_bf16 = (functools.partial(tiles.dot_tile, bf16=bf16) for bf16 in (False, True))
 WIDE, WIDE_I8 = [(6, 2), (4, 3), (3, 3), (2, 4), (1, 4)], [(4, 2), (3, 2), (2, 2), (1, 4)]
 NARROW = [(8, 3), (6, 4), (4, 4), (3, 4), (2, 1), (1, 1)]
-PAIRS, BYTES = v.HAS_BF16_DOT, v.HAS_BYTE_DOT
+PAIRS, BYTES = v.MULTIPLIES_PAIRS, v.HAS_BYTE_DOT
 _multiply_f32 = _by_rows(_wide_f32, WIDE)
 _multiply_bf16 = _by_rows(*((tiles.dot_tile_pairs, NARROW) if PAIRS else (_wide_bf16, WIDE)))
 _multiply_i8 = _by_rows(*((tiles.dot_tile_bytes, NARROW) if BYTES else (tiles.dot_tile_i8, WIDE_I8)))

@@ -54,4 +54,4 @@ floats = _any_rows(tiles.outer_tile, [(6, 2), (4, 2), (3, 4), (2, 4), (1, 8)])
 halves = _any_rows(tiles.outer_tile_halves, [(6, 2), (4, 2), (3, 4), (2, 4), (1, 4)])
 # So is an element of a. Never called where the CPU has no such product.
 _pair_tile = functools.partial(tiles.outer_tile, pairs=True)
-pairs = _any_rows(_pair_tile, [(6, 4), (4, 4), (3, 4), (2, 4), (1, 4)]) if v.HAS_BF16_DOT else halves
+pairs = _any_rows(_pair_tile, [(6, 4), (4, 4), (3, 4), (2, 4), (1, 4)]) if v.MULTIPLIES_PAIRS else halves

@@ -151,7 +151,7 @@ def _nothing(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
     """Stands where the CPU has no such product, and is never called."""
 
 
-_bf16 = _by_tokens(panel_tile_pairs if v.HAS_BF16_DOT else panel_tile_halves, TILES)
+_bf16 = _by_tokens(panel_tile_pairs if v.MULTIPLIES_PAIRS else panel_tile_halves, TILES)
 _tile_of_bytes = panel_tile_bytes if v.HAS_BYTE_DOT else panel_tile_signed
 _bytes = _by_tokens(_tile_of_bytes, [size for size in TILES if size <= MOST_OF_BYTES]) if HAS_BYTES else _nothing
 
