@@ -16,6 +16,8 @@ import httpx
 import pytest
 import tiny
 
+from converters.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 EIGHT_HEADS = {"num_attention_heads": 8, "head_dim": 8}
 SIZES = {"max-model-len": 96, "max-num-seqs": 2, "max-num-batched-tokens": 16, "block-size": 4}
@@ -246,7 +248,7 @@ def test_a_host_with_other_flags_is_refused_and_its_successor_served(folder, che
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", [row.name for row in FAMILIES.values()])
 def test_every_family_on_two_processes_of_two_devices(family, tmp_path):
     checkpoint = tiny.make_checkpoint(family, tmp_path / "checkpoint", **EIGHT_HEADS)
     with Server(tmp_path, checkpoint, count=1) as one:

@@ -10,7 +10,9 @@ import types
 from pathlib import Path
 
 import pytest
+import tiny
 
+from converters.families import FAMILIES
 from runtime import machine, mesh
 from runtime.config import Memory
 from runtime.errors import ConfigError
@@ -45,10 +47,7 @@ SOME = [
     ("qwen3", EIGHT_HEADS, [(1, 4)], {}),
     ("gemma3", EIGHT_HEADS, [(1, 4)], {}),
 ]
-ALL = [
-    (family, EIGHT_HEADS, [(1, 8), (2, 4), (1, 2), (2, 1)], {})
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gemma3")
-]
+ALL = [(row.name, EIGHT_HEADS, [(1, 8), (2, 4), (1, 2), (2, 1)], {}) for row in FAMILIES.values()]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +60,12 @@ def test_several_devices_give_the_tokens_of_one(family, changes, meshes, options
         assert found["compiled_later"] == 0
         assert sorted(sum(found["devices"], [])) == list(range(replicas * size))
         check_collectives(found["collectives"], found["weights"], size)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_family_is_tried_as_itself(architecture):
+    """Here and on several hosts each is tried by its name."""
+    assert tiny.FAMILIES[FAMILIES[architecture].name]["architectures"] == [architecture]
 
 
 def test_several_devices_give_the_tokens_of_one_with_rounded_weights_and_pages():
