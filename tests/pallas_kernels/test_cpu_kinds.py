@@ -8,46 +8,46 @@ import sys
 import llvmlite.binding
 import pytest
 
-# What the kernels choose their instructions by. A CPU of a later kind runs what is for an earlier one.
+from pallas_kernels.cpu import vectors
+
 AVX2 = "+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+lzcnt,+popcnt"
 AVX512 = AVX2 + ",+avx512f,+avx512bw,+avx512dq,+avx512vl"
+AVX512_BF16 = AVX512 + ",+avx512vnni,+avx512bf16"
+# LLVM's name of a CPU, its features, and what the kernels choose by these.
 KINDS = {
-    "avx2": ("haswell", AVX2),
-    "avx512": ("skylake-avx512", AVX512),
-    "avx512_bf16": ("znver4", AVX512 + ",+avx512vnni,+avx512bf16"),
+    "avx2": ("haswell", AVX2, (8, False, False, False)),
+    "avx512": ("skylake-avx512", AVX512, (16, False, False, False)),
+    "avx512_bf16": ("znver4", AVX512_BF16, (16, True, True, True)),
+    "avx512_bf16_of_intel": ("emeraldrapids", AVX512_BF16, (16, True, True, False)),
 }
 
-COMPILE = """
+CHOOSES_BY = ["LANES", "HAS_BYTE_DOT", "HAS_BF16", "MULTIPLIES_PAIRS"]
+COMPILE = f"""
 from pallas_kernels import cpu
 from pallas_kernels.cpu import vectors
 cpu.register()
 cpu.register_int4()
-print("lanes", vectors.LANES)
+print(tuple(getattr(vectors, name) for name in {CHOOSES_BY}))
 """
 NUMBERS = [pathlib.Path(__file__).with_name(name) for name in ("test_linear.py", "test_cpu_attention.py")]
 
-
 HERE = {name for name, is_there in llvmlite.binding.get_host_cpu_features().items() if is_there}
-CHOSEN_BY = {"avx2", "avx512f", "avx512vnni", "avx512bf16"}  # see pallas_kernels.cpu.vectors
-
-
-def features(kind):
-    return {word[1:] for word in KINDS[kind][1].split(",")}
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="kinds of x86 are compiled for")
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_compile_for_other_kinds_of_cpu(kind):
-    if features(kind) & CHOSEN_BY == HERE & CHOSEN_BY:
+    _, features, choice = KINDS[kind]
+    if choice == tuple(getattr(vectors, name) for name in CHOOSES_BY):
         pytest.skip("this machine is of that kind: all other tests are of it")
-    assert run(kind, "-c", COMPILE) == f"lanes {8 if kind == 'avx2' else 16}\n"
-    if kind == "avx2" and features(kind) <= HERE:  # what most laptops have
+    assert run(kind, "-c", COMPILE) == f"{choice}\n"
+    if kind == "avx2" and {word[1:] for word in features.split(",")} <= HERE:  # what most laptops have
         assert " passed" in run(kind, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, NUMBERS))
 
 
 def run(kind, *arguments):
     """The output of a Python process whose kernels are compiled for that kind."""
-    name, features = KINDS[kind]
+    name, features, _ = KINDS[kind]
     environment = os.environ | {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "JAX_PLATFORMS": "cpu"}
     process = subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900, check=False
