@@ -14,7 +14,7 @@ from converters.checkpoint import Checkpoint
 from converters.load import load_weights
 from models.interface import abstract
 from pallas_kernels import panels
-from runtime import huge_pages, kept_weights, mesh
+from runtime import huge_pages, kept_weights, malloc, mesh
 from runtime.config import EnginePlan
 from runtime.quantise import ROUNDINGS
 
@@ -54,11 +54,12 @@ def on_devices(
     own = whole and kept_weights.of_this_process(whole, stored, places)
     rooms = huge_pages.rooms(stored) if plan.platform == "cpu" and tensor is None else None
     restore = functools.partial(kept_weights.restore, shapes=stored, wheres=places, progress=step, rooms=rooms)
-    found = _restored({"own": own, "whole": whole} if own and whole else {}, restore, agree)
-    if found is None:
-        found = load_weights(checkpoint, stored, wheres=places, roundings=ROUNDINGS, progress=step, rooms=rooms)
-        if own and not kept_weights.exists(own):
-            kept_weights.keep(own, found)
+    with malloc.nothing_large_kept():
+        found = _restored({"own": own, "whole": whole} if own and whole else {}, restore, agree)
+        if found is None:
+            found = load_weights(checkpoint, stored, wheres=places, roundings=ROUNDINGS, progress=step, rooms=rooms)
+            if own and not kept_weights.exists(own):
+                kept_weights.keep(own, found)
     for name in repeated:
         found[name] = mesh.repeat_kv_heads(found[name], shapes[name].shape, wheres[name])
     for name in in_panels:
