@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused_with_its_numbers(changes, wishes, message):
 
 
 def test_a_tpu_refuses_pages_with_scales():
-    with pytest.raises(ConfigError, match="the TPU's kernel does not read; use fp8"):
+    with pytest.raises(ConfigError, match="as much memory as bfloat16's: .*; use fp8"):
         plan("tpu", kv_cache_dtype="int8")
     assert plan("tpu", {"memory": Memory(16 * GIB, 16 * GIB)}, kv_cache_dtype="fp8").kv_dtype == "float8_e4m3fn"
 
