@@ -15,3 +15,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 # Nothing a test keeps may land in the user's own cache, nor depend on what lies there.
 os.environ.setdefault("XDG_CACHE_HOME", str(CACHE))
+# Mosaic's GPU interpreter holds a thread of XLA's pool for every warpgroup that waits for another; two are too few.
+os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))

@@ -2,7 +2,8 @@
 
 A tile is some tokens of one row times the G query heads of one kv head: one token when the row decodes, 64 // G
 tokens of a chunk. Decodes are many and thin, so their keys are split over several blocks of threads (split-KV), and
-the parts are joined afterwards by their log-sum-exps. Keys and values are written to their pages before, by XLA.
+the parts are joined afterwards by their log-sum-exps. Heads of 256 are cut in two for two warpgroups, which add up
+their logits. Keys and values are written to their pages before, by XLA.
 
 What the kernel does not take (8-bit pages, other GPUs) is gathered and computed in plain XLA: see gpu_gather.
 
@@ -23,13 +24,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.ragged_paged_attention import gpu_gather
-from pallas_kernels.ragged_paged_attention.gpu_plan import TILE, cache_shape, kernel_refusal, num_splits, num_stages
+from pallas_kernels.ragged_paged_attention.gpu_plan import (
+    TILE,
+    cache_shape,
+    kernel_refusal,
+    num_splits,
+    num_stages,
+    num_warpgroups,
+)
 from pallas_kernels.ragged_paged_attention.reference import MASKED, count_at_most, locate, write
 
 __all__ = ["attend", "cache_shape", "kernel_refusal", "supports"]
 
 FAR = 2**30  # a window that hides nothing
-PART = 128  # head dimensions accumulated together: 64 registers a thread
 
 
 def supports(q_TNH, k_TKH, cache_PBCH) -> bool:
@@ -161,7 +168,7 @@ def _run_tiles(q_TNH, cache_PBCH, pages_SM, sinks_N, tiles_I5, *, K, scale, soft
         sinks_KR = jnp.tile(sinks_N.astype(jnp.float32).reshape(K, G), (1, repeats))[:, :TILE]
     tile = _Tile(
         G=G, page_size=cache_PBCH.shape[1], splits=splits, rows=rows, scale=scale, soft_cap=soft_cap,
-        stages=num_stages(cache_H), head_dim=cache_H, dtype=cache_PBCH.dtype,
+        stages=num_stages(cache_H), head_dim=cache_H, warpgroups=num_warpgroups(cache_H), dtype=cache_PBCH.dtype,
     )  # fmt: skip
     out_IKXRH, lse_IKXR = tile.kernel(I, K, interpret)(
         tiles_I5, pages_SM.astype(jnp.int32), sinks_KR, q_IKRH.astype(cache_PBCH.dtype), cache_PBCH
@@ -177,7 +184,11 @@ def _run_tiles(q_TNH, cache_PBCH, pages_SM, sinks_N, tiles_I5, *, K, scale, soft
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """The kernel for one tile, kv head and split; everything static about it."""
+    """The kernel for one tile, kv head and split; everything static about it.
+
+    A warpgroup has queries, keys and values of its own share of the head's dimensions. It alone fetches and reads them;
+    only logits are summed over all.
+    """
 
     G: int
     page_size: int
@@ -187,14 +198,21 @@ class _Tile:
     soft_cap: float | None
     stages: int
     head_dim: int
+    warpgroups: int
     dtype: object
 
     @property
+    def share(self):
+        """Head dimensions of a warpgroup."""
+        return self.head_dim // self.warpgroups
+
+    @property
     def parts(self):
-        """The head dimension cut into parts, each accumulated on its own: (first, width)."""
-        # Of a split decode answers are float32: by halves they leave room for a second block of threads.
-        width = 64 if self.splits > 1 and self.head_dim == 128 else min(self.head_dim, PART)
-        return [(first, width) for first in range(0, self.head_dim, width)]
+        """A warpgroup's share cut into parts, each accumulated on its own: (first, width)."""
+        # By halves float32 answers of a split leave room for a second block of threads, and those of two warpgroups fit
+        # the memory of the weights or of the logits.
+        width = 64 if self.splits > 1 or self.warpgroups > 1 else self.share
+        return [(first, width) for first in range(0, self.share, width)]
 
     @property
     def copies(self):
@@ -203,10 +221,26 @@ class _Tile:
         return TILE // tokens, tokens
 
     def kernel(self, num_tiles, num_kv_heads, interpret):
-        H, X = self.head_dim, self.splits
+        H, X, W, D = self.head_dim, self.splits, self.warpgroups, self.share
         tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         out_dtype = self.dtype if X == 1 else jnp.float32
         num_copies, _ = self.copies
+        scratch = dict(
+            q_smem=plgpu.SMEM((W, TILE, D), self.dtype, transforms=tiled),
+            k_smem=plgpu.SMEM((W * self.stages, TILE, D), self.dtype, transforms=tiled),
+            v_smem=plgpu.SMEM((W * self.stages, TILE, D), self.dtype, transforms=tiled),
+            p_smem=plgpu.SMEM((W, TILE, TILE), self.dtype, transforms=tiled),
+            row_smem=plgpu.SMEM((W, TILE), jnp.float32),
+            q_barriers=plgpu.Barrier(num_barriers=W),
+            row_barriers=plgpu.Barrier(num_barriers=W),
+            k_barriers=plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * self.stages),
+            v_barriers=plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * self.stages),
+            meeting=plgpu.Barrier(num_arrivals=W),
+        )
+        if W > 1:
+            scratch["logits_smem"] = plgpu.SMEM((W, TILE, TILE), jnp.float32)
+        else:
+            scratch["out_smem"] = plgpu.SMEM((W, TILE, self.parts[0][1]), out_dtype)
         return plgpu.kernel(
             self.body,
             out_type=[
@@ -215,54 +249,48 @@ class _Tile:
             ],
             grid=(num_tiles, num_kv_heads, X),
             grid_names=("tile", "head", "split"),
-            scratch_types=dict(
-                q_smem=plgpu.SMEM((TILE, H), self.dtype, transforms=tiled),
-                k_smem=plgpu.SMEM((self.stages, TILE, H), self.dtype, transforms=tiled),
-                v_smem=plgpu.SMEM((self.stages, TILE, H), self.dtype, transforms=tiled),
-                p_smem=plgpu.SMEM((TILE, TILE), self.dtype, transforms=tiled),
-                out_smem=plgpu.SMEM((TILE, self.parts[0][1]), out_dtype),
-                row_smem=plgpu.SMEM((TILE,), jnp.float32),
-                q_barrier=plgpu.Barrier(),
-                row_barrier=plgpu.Barrier(),
-                k_barriers=plgpu.Barrier(num_arrivals=num_copies, num_barriers=self.stages),
-                v_barriers=plgpu.Barrier(num_arrivals=num_copies, num_barriers=self.stages),
-            ),
+            num_threads=W,
+            thread_name="warpgroup",
+            scratch_types=scratch,
             compiler_params=plgpu.CompilerParams(approx_math=True),
             interpret=interpret,
         )
 
     def body(self, tiles, pages, sinks, q, cache, out, lse, **smem):
         """Attends one tile to one split of its keys; an empty split answers zeros and a log-sum-exp of MASKED."""
-        tile, head, split = (lax.axis_index(name) for name in ("tile", "head", "split"))
+        tile, head, split, warpgroup = (lax.axis_index(name) for name in ("tile", "head", "split", "warpgroup"))
         row, position, end, low = (tiles[tile, i] for i in (0, 2, 3, 4))
         begin = jnp.maximum(low, 0)
         first_block, last_block = lax.div(begin, TILE), lax.div(end + TILE - 1, TILE)
-        share = lax.div(last_block - first_block + self.splits - 1, self.splits)
-        block = first_block + split * share
-        stop = jnp.minimum(block + share, last_block)
-        fetch = functools.partial(self.fetch, pages, cache, row, head, begin, end, **smem)
+        turns = lax.div(last_block - first_block + self.splits - 1, self.splits)
+        block = first_block + split * turns
+        stop = jnp.minimum(block + turns, last_block)
+        share = pl.ds(pl.multiple_of(warpgroup * self.share, self.share), self.share)
+        first_slot = warpgroup * self.stages
+        q_barrier, row_barrier = (smem[name].at[warpgroup] for name in ("q_barriers", "row_barriers"))
+        fetch = functools.partial(self.fetch, pages, cache, row, head, share, begin, end, **smem)
         # Rows of the tile past those wanted hold anything: no row meets another.
-        q_rows = smem["q_smem"].at[pl.ds(0, self.rows)]
-        plgpu.copy_gmem_to_smem(q.at[tile, head], q_rows, smem["q_barrier"])
-        plgpu.copy_gmem_to_smem(sinks.at[head], smem["row_smem"], smem["row_barrier"])
+        q_rows = smem["q_smem"].at[warpgroup, pl.ds(0, self.rows)]
+        plgpu.copy_gmem_to_smem(q.at[tile, head, :, share], q_rows, q_barrier)
+        plgpu.copy_gmem_to_smem(sinks.at[head], smem["row_smem"].at[warpgroup], row_barrier)
         for stage in range(self.stages):
 
             @pl.when(block + stage < stop)
             def _start(stage=stage):
-                fetch(block + stage, stage)
+                fetch(block + stage, first_slot + stage)
 
-        plgpu.barrier_wait(smem["q_barrier"])
-        plgpu.barrier_wait(smem["row_barrier"])
-        carry = self.start(split, smem["row_smem"])
+        plgpu.barrier_wait(q_barrier)
+        plgpu.barrier_wait(row_barrier)
+        carry = self.start(split, smem["row_smem"].at[warpgroup])
 
         def fold(b, carry):
             # The slot that the last turn has emptied. Here and not at that turn's end, where the compiler would carry
             # its sums and products past the branch, which are more than the registers hold.
             @pl.when((b > block) & (b + self.stages - 1 < stop))
             def _next():
-                fetch(b + self.stages - 1, lax.rem(b - 1 - block, self.stages))
+                fetch(b + self.stages - 1, first_slot + lax.rem(b - 1 - block, self.stages))
 
-            return self.fold(b, lax.rem(b - block, self.stages), position, low, end, carry, **smem)
+            return self.fold(b, first_slot + lax.rem(b - block, self.stages), position, low, end, carry, **smem)
 
         accs, top_R, total_R = lax.fori_loop(block, stop, fold, carry)
         self.finish(accs, top_R, total_R, out.at[tile, head, split], lse.at[tile, head, split], **smem)
@@ -277,7 +305,9 @@ class _Tile:
         )
         return accs, top_R, total_R
 
-    def fetch(self, pages, cache, row, head, begin, end, block, slot, *, k_smem, v_smem, k_barriers, v_barriers, **_):
+    def fetch(
+        self, pages, cache, row, head, share, begin, end, block, slot, *, k_smem, v_smem, k_barriers, v_barriers, **_
+    ):
         """Starts bringing in a block of keys and values. Pages out of sight are replaced by one in sight."""
         num_copies, tokens = self.copies
         for i in range(num_copies):
@@ -288,19 +318,25 @@ class _Tile:
             page = page_id(pages, row, p)
             inside = pl.ds(pl.multiple_of(lax.rem(start, self.page_size), tokens), tokens)
             here = pl.ds(i * tokens, tokens)
-            plgpu.copy_gmem_to_smem(cache.at[page, inside, 2 * head], k_smem.at[slot, here], k_barriers.at[slot])
-            plgpu.copy_gmem_to_smem(cache.at[page, inside, 2 * head + 1], v_smem.at[slot, here], v_barriers.at[slot])
+            key, value = (cache.at[page, inside, 2 * head + j, share] for j in (0, 1))
+            plgpu.copy_gmem_to_smem(key, k_smem.at[slot, here], k_barriers.at[slot])
+            plgpu.copy_gmem_to_smem(value, v_smem.at[slot, here], v_barriers.at[slot])
 
     def fold(self, block, slot, position, low, end, carry, *, q_smem, k_smem, v_smem, p_smem, **rest):
         """Folds a block of keys into the running softmax. Weights pass through memory, as the interpreter asks."""
         accs, top_R, total_R = carry
+        warpgroup = lax.axis_index("warpgroup")
+        p_smem = p_smem.at[warpgroup]
         wait(rest["k_barriers"], slot)
 
         def score(acc_ref):
-            plgpu.wgmma(acc_ref, q_smem, k_smem.at[slot].T)
+            plgpu.wgmma(acc_ref, q_smem.at[warpgroup], k_smem.at[slot].T)
             return acc_ref[...]
 
-        logits_RU = pl.run_scoped(score, plgpu.ACC((TILE, TILE), jnp.float32)) * self.scale
+        logits_RU = pl.run_scoped(score, plgpu.ACC((TILE, TILE), jnp.float32))
+        if self.warpgroups > 1:
+            logits_RU = self.sum_shares(logits_RU, rest["logits_smem"], rest["meeting"])
+        logits_RU = logits_RU * self.scale
         if self.soft_cap is not None:
             logits_RU = jnp.tanh(logits_RU * (1 / self.soft_cap)) * self.soft_cap
         logits_RU = jnp.where(self.seen(block, position, low, end), logits_RU, MASKED)
@@ -327,6 +363,16 @@ class _Tile:
             new_accs.append(acc_RH * lax.broadcast_in_dim(decay_R, acc_RH.shape, [0]) + value_RH)
         return tuple(new_accs), new_top_R, total_R
 
+    def sum_shares(self, logits_RU, logits_smem, meeting):
+        """Adds what the warpgroups make of their shares; all get the same, as two are added in either order."""
+        assert self.warpgroups == 2
+        warpgroup = lax.axis_index("warpgroup")
+        logits_smem.at[warpgroup][...] = logits_RU
+        meet(meeting)
+        logits_RU += plgpu.layout_cast(logits_smem.at[1 - warpgroup][...], plgpu.Layout.WGMMA)
+        meet(meeting)  # or the next block's would come before these are read
+        return logits_RU
+
     def seen(self, block, position, low, end):
         """Which keys of a block each query row sees: [low, position] at the first token, a key further at each."""
         # Bounds by row and columns by themselves: a position for each of the tile's elements would fill the registers.
@@ -337,7 +383,11 @@ class _Tile:
         wide = lambda x_R: lax.broadcast_in_dim(x_R, (TILE, TILE), [0])
         return (column_RU >= wide(first_R)) & (column_RU <= wide(last_R))
 
-    def finish(self, accs, top_R, total_R, out, lse, *, out_smem, row_smem, **_):
+    def finish(self, accs, top_R, total_R, out, lse, *, row_smem, p_smem, **rest):
+        warpgroup = lax.axis_index("warpgroup")
+        row_smem = row_smem.at[warpgroup]
+        free = p_smem if self.splits == 1 else rest.get("logits_smem")
+        out_smem = (free if self.warpgroups > 1 else rest["out_smem"]).at[warpgroup]
         divisor_R = jnp.maximum(total_R, 1e-30)
         row_smem[...] = jnp.where(total_R > 0, top_R + jnp.log(divisor_R), jnp.full_like(total_R, MASKED))
         wanted = pl.ds(0, self.rows)
@@ -345,10 +395,14 @@ class _Tile:
             answer_RH = acc_RH / lax.broadcast_in_dim(divisor_R, acc_RH.shape, [0])
             out_smem[...] = answer_RH.astype(out_smem.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[wanted], out.at[:, pl.ds(first, width)])
+            here = pl.ds(pl.multiple_of(warpgroup * self.share + first, width), width)
+            plgpu.copy_smem_to_gmem(out_smem.at[wanted], out.at[:, here])
             plgpu.wait_smem_to_gmem(0)
-        plgpu.copy_smem_to_gmem(row_smem.at[wanted], lse)
-        plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == 0)
+        def _log_sum_exps():
+            plgpu.copy_smem_to_gmem(row_smem.at[wanted], lse)
+            plgpu.wait_smem_to_gmem(0)
 
 
 def _iota(shape, axis, layout):
@@ -362,6 +416,13 @@ def page_id(pages, row, p):
 def wait(barriers, slot):
     """Until all copies of a slot's block are in."""
     plgpu.barrier_wait(barriers.at[slot])
+
+
+def meet(barrier):
+    """Until all warpgroups are here."""
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
 
 
 def blank(v_smem, begin, end):

@@ -72,3 +72,8 @@ def num_splits(num_tiles, max_tokens) -> int:
 def num_stages(head_dim) -> int:
     """Blocks of keys and values in flight: 32 KiB each at 128 dimensions; two thread blocks share 227 KiB."""
     return {64: 4, 128: 2}.get(head_dim, 2)
+
+
+def num_warpgroups(head_dim) -> int:
+    """A warpgroup sums values of 128 dimensions: 64 registers a thread, and as many for a block's product."""
+    return -(-head_dim // 128)

@@ -3,6 +3,7 @@
 The kernel runs in Mosaic's GPU interpreter, which keeps clocks for copies and threads and reports races.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -31,6 +32,18 @@ ROWS = {
     "later chunks": [(40, 20), (70, 13)],
     "decodes, chunks, empty rows": MIXED,
 }
+LONG_ROWS = [(397, 1), (512, 1), (290, 3)]  # several turns of the ring in each split
+LONG = Shape(
+    num_tokens=16,
+    num_rows=4,
+    num_columns=8,
+    num_pages=24,
+    page_size=64,
+    kv_heads=1,
+    dtype="bfloat16",
+    cache_dtype="bfloat16",
+)
+WIDE = dataclasses.replace(LONG, head_dim=256)
 ROOMY = Shape(num_pages=24, num_columns=5, dtype="bfloat16", cache_dtype="bfloat16")
 
 
@@ -87,6 +100,12 @@ def test_matches_reference_in_every_flavour(shape, options):
     assert_flavour(shape, options, functools.partial(gpu.attend, interpret=INTERPRET, splits=2))
 
 
+@pytest.mark.parametrize("shape", [LONG, WIDE], ids=["one warpgroup", "two"])
+def test_long_rows_turn_the_ring(shape):
+    args = kernel_batch.batch(shape, LONG_ROWS, gpu.cache_shape)
+    assert_same(compiled(gpu, 2)(*args), compiled(reference)(*args), args)
+
+
 GATHERED = {
     "int8 pages": (Shape(cache_dtype="int8"), {"k_scale": 0.05, "v_scale": 0.03}),
     "fp8 pages, window, soft cap": (
@@ -121,12 +140,14 @@ FAULTS = {
     "the wrong page is read": (gpu, "page_id", lambda pages, row, p: PAGE(pages, row, jnp.maximum(p - 1, 0))),
     "nobody waits for keys": (gpu, "wait", lambda barriers, slot: None),
     "a stale tail is not blanked": (gpu, "blank", lambda v_smem, begin, end: None),
+    "warpgroups do not meet": (gpu, "meet", lambda barrier: None),
 }
 
 
 @pytest.mark.parametrize("owner, name, fault", FAULTS.values(), ids=FAULTS)
 def test_planted_error_is_noticed(monkeypatch, request, owner, name, fault):
-    args = kernel_batch.batch(PLAIN, MIXED, gpu.cache_shape)
+    batch = (WIDE, LONG_ROWS) if name == "meet" else (PLAIN, MIXED)
+    args = kernel_batch.batch(*batch, gpu.cache_shape)
     monkeypatch.setattr(owner, name, fault)
     gpu._run_tiles.clear_cache()
     request.addfinalizer(gpu._run_tiles.clear_cache)

@@ -47,5 +47,5 @@ def test_attention_compiles_and_writes_pages_in_place(N, K, H, B, dtype, T, is_k
     kernels = absent_gpu.kernels(tmp_path)
     assert len(kernels) == (2 if is_kernel else 0)  # decodes, and rows of any length
     for kernel in kernels:
-        assert kernel.spilled_bytes <= (64 if H == 256 else 0)  # accumulators of 256 are half of all registers
+        assert kernel.spilled_bytes == 0
         assert kernel.shared_bytes <= (227 * 1024 if H == 256 else 227 * 1024 // 2)  # else two blocks a multiprocessor
