@@ -49,9 +49,10 @@ def main() -> int:
     print("\n".join(f"{name:10} {value}" for name, value in bench.machine().items()))
     path = str(demo.fetch(args.model))
     drafts = {"speculative_config": DRAFTS | {"disable_by_batch_size": max(args.rows)}}
+    none = {"speculative_config": {"num_speculative_tokens": 0}}  # a request that is alone would draft
     wishes = {
-        "single steps": {"max_decode_steps": 1},
-        f"windows of {args.steps}": {"max_decode_steps": args.steps},
+        "single steps": {"max_decode_steps": 1, **none},
+        f"windows of {args.steps}": {"max_decode_steps": args.steps, **none},
         "drafts": {"max_decode_steps": 1, **drafts},
         "both": {"max_decode_steps": args.steps, **drafts},
     }
