@@ -5,13 +5,15 @@ multiplied while the next one is on its way. How a group's scale gets to its pro
 
 few     A token's inputs are laid out once for each group of a row of lanes, zero outside of it. One product then has
         a row for each token and group, which the group's scale multiplies: weights are only widened.
-many    The scales are spread over the lanes of their groups, by a product with ones and zeros, and multiply weights.
+many    The scales are spread over the lanes of their groups, and multiply weights.
 
-Either way offsets meet each group's sum of inputs, in a small product of their own.
+Scales lie as they are stored, since XLA would turn those of all layers together; a product with ones and zeros turns or
+spreads a block of them. Either way offsets meet each group's sum of inputs, in a small product of their own.
 
 Dimension key
     T  tokens     I  inputs     O  outputs     J  groups of inputs     L  128 lanes     C  I / L
-    Q  groups in a row of lanes
+    Q  groups in a row of lanes     G  groups of a block of inputs     W  groups whose scales are fetched together
+    B  outputs of a block
 """
 
 import jax
@@ -31,94 +33,92 @@ def supports(x_TI, kernel_OI, scale_OJ) -> bool:
     return x_TI.dtype == jnp.bfloat16 and I % LANES == O % LANES == LANES % (I // scale_OJ.shape[1]) == 0
 
 
-def multiply(x_TI, kernel_OI, scale_OJ, offset_OJ, *, interpret=False):
-    """float32[T, O].
+def multiply(x_TI, kernel_OI, scale_OJ, offset_OJ, *, out_dtype=jnp.float32, interpret=False):
+    """`[T, O]` in out_dtype, summed in float32.
 
     Args:
         x_TI: bfloat16.
         kernel_OI: int4.
         scale_OJ, offset_OJ: bfloat16; a weight is kernel * scale + offset.
     """
-    T, J = x_TI.shape[0], scale_OJ.shape[1]
-    sums_TJ = x_TI.astype(jnp.float32).reshape(T, J, -1).sum(-1)
-    y_TO = lax.dot_general(sums_TJ, offset_OJ.astype(jnp.float32), NT, precision=lax.Precision.HIGHEST)
+    T, (O, J), C = len(x_TI), scale_OJ.shape, kernel_OI.shape[1] // LANES
     x_TI = jnp.pad(x_TI, ((0, -T % (16 if T <= MOST_ROWS else MOST_ROWS)), (0, 0)))
-    product = _few if T <= FEW else _many
-    return y_TO + product(x_TI, kernel_OI, scale_OJ, interpret=interpret)[:T]
+    sums_TJ = x_TI.astype(jnp.float32).reshape(len(x_TI), J, -1).sum(-1)
+    outs, Q = _divisor(O, 512), J // C
+    rows, x = min(len(x_TI), MOST_ROWS), x_TI
+    if T <= FEW:
+        group_L = jnp.arange(LANES) * Q // LANES
+        mine_QL = group_L == jnp.arange(Q)[:, None]
+        x_CQTL = jnp.where(mine_QL[:, None], x_TI.reshape(rows, C, 1, LANES).transpose(1, 2, 0, 3), 0)
+        x, chunks, add = x_CQTL.reshape(C, Q * rows, LANES), _divisor(C, 16), _few
+        x_block = pl.BlockSpec((chunks, Q * rows, LANES), lambda t, o, c: (c, 0, 0))
+    else:
+        chunks, add = _divisor(C, 8), _many
+        x_block = pl.BlockSpec((rows, chunks * LANES), lambda t, o, c: (t, c))
+    groups, width = chunks * Q, min(J, LANES)
 
+    def body(x_ref, sums_ref, kernel_ref, scale_ref, offset_ref, y_ref, sum_ref):
+        c = pl.program_id(2)
 
-def _few(x_TI, kernel_OI, scale_OJ, *, interpret):
-    T, I = x_TI.shape
-    O, J = scale_OJ.shape
-    C, Q = I // LANES, LANES * J // I
-    group_L = jnp.arange(LANES) * Q // LANES
-    mine_QL = group_L == jnp.arange(Q)[:, None]
-    x_CQTL = jnp.where(mine_QL[:, None], x_TI.reshape(T, C, 1, LANES).transpose(1, 2, 0, 3), 0)
-    outs, chunks = _divisor(O, 512), _divisor(C, 16)
-
-    def body(x_ref, kernel_ref, scale_ref, y_ref):
-        @pl.when(pl.program_id(1) == 0)
+        @pl.when(c == 0)
         def _start():
-            y_ref[...] = jnp.zeros_like(y_ref)
+            offset_BJ = offset_ref[...].astype(jnp.float32)
+            sum_ref[...] = lax.dot_general(sums_ref[...], offset_BJ, NT, precision=lax.Precision.HIGHEST)
 
-        y_TO = y_ref[...]
-        for c in range(chunks):
-            w_OL = kernel_ref[:, c * LANES : (c + 1) * LANES].astype(jnp.bfloat16)
-            part_RO = lax.dot_general(x_ref[c], w_OL, NT, preferred_element_type=jnp.float32)
-            for q in range(Q):
-                y_TO += part_RO[q * T : (q + 1) * T] * scale_ref[c * Q + q : c * Q + q + 1, :]
-        y_ref[...] = y_TO
+        scale_BW = scale_ref[...]
+        if J % width:  # the last ones fetched may be anything past J
+            here_BW = c * groups // width * width + lax.broadcasted_iota(jnp.int32, scale_BW.shape, 1)
+            scale_BW = jnp.where(here_BW < J, scale_BW, 0)
+        add(sum_ref, x_ref, kernel_ref, scale_BW, c * groups % width, Q)
+
+        @pl.when(c == C // chunks - 1)
+        def _finish():
+            y_ref[...] = sum_ref[...].astype(y_ref.dtype)
 
     return pl.pallas_call(
         body,
-        grid=(O // outs, C // chunks),
+        grid=(len(x_TI) // rows, O // outs, C // chunks),
         in_specs=[
-            pl.BlockSpec((chunks, Q * T, LANES), lambda o, c: (c, 0, 0)),
-            pl.BlockSpec((outs, chunks * LANES), lambda o, c: (o, c)),
-            pl.BlockSpec((chunks * Q, outs), lambda o, c: (c, o)),
-        ],
-        out_specs=pl.BlockSpec((T, outs), lambda o, c: (0, o)),
-        out_shape=jax.ShapeDtypeStruct((T, O), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=interpret,
-        name="int4_matmul_few",
-    )(x_CQTL.reshape(C, Q * T, LANES), kernel_OI, scale_OJ.T.astype(jnp.float32))
-
-
-def _many(x_TI, kernel_OI, scale_OJ, *, interpret):
-    T, I = x_TI.shape
-    O, J = scale_OJ.shape
-    C, Q = I // LANES, LANES * J // I
-    rows, outs, chunks = min(T, MOST_ROWS), _divisor(O, 512), _divisor(C, 8)
-    groups, inputs = chunks * Q, chunks * LANES
-    # One block's scales side by side in a row of lanes: the blocks' own axis comes first.
-    scale_BOG = scale_OJ.reshape(O, C // chunks, groups).transpose(1, 0, 2)
-    spread_GI = jnp.asarray(jnp.arange(groups)[:, None] == jnp.arange(inputs) * Q // LANES, jnp.bfloat16)
-
-    def body(x_ref, kernel_ref, scale_ref, spread_ref, y_ref):
-        @pl.when(pl.program_id(2) == 0)
-        def _start():
-            y_ref[...] = jnp.zeros_like(y_ref)
-
-        scale_OI = jnp.dot(scale_ref[0], spread_ref[...], preferred_element_type=jnp.float32)
-        w_OI = (kernel_ref[...].astype(jnp.float32) * scale_OI).astype(jnp.bfloat16)
-        y_ref[...] += lax.dot_general(x_ref[...], w_OI, NT, preferred_element_type=jnp.float32)
-
-    return pl.pallas_call(
-        body,
-        grid=(T // rows, O // outs, C // chunks),
-        in_specs=[
-            pl.BlockSpec((rows, inputs), lambda t, o, c: (t, c)),
-            pl.BlockSpec((outs, inputs), lambda t, o, c: (o, c)),
-            pl.BlockSpec((1, outs, groups), lambda t, o, c: (c, o, 0)),
-            pl.BlockSpec((groups, inputs), lambda t, o, c: (0, 0)),
+            x_block,
+            pl.BlockSpec((rows, J), lambda t, o, c: (t, 0)),
+            pl.BlockSpec((outs, chunks * LANES), lambda t, o, c: (o, c)),
+            pl.BlockSpec((outs, width), lambda t, o, c: (o, c * groups // width)),
+            pl.BlockSpec((outs, J), lambda t, o, c: (o, 0)),
         ],
         out_specs=pl.BlockSpec((rows, outs), lambda t, o, c: (t, o)),
-        out_shape=jax.ShapeDtypeStruct((T, O), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((len(x_TI), O), out_dtype),
+        scratch_shapes=[pltpu.VMEM((rows, outs), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
-        name="int4_matmul_many",
-    )(x_TI, kernel_OI, scale_BOG, spread_GI)
+        name=f"int4_matmul{add.__name__}",
+    )(x, sums_TJ, kernel_OI, scale_OJ, offset_OJ)[:T]
+
+
+def _few(sum_ref, x_ref, kernel_ref, scale_BW, first, Q):
+    """Adds a block of inputs; `first` is where the scales of its groups begin."""
+    T, chunks = len(sum_ref), len(x_ref)
+    shape_GW = (chunks * Q, scale_BW.shape[1])
+    is_own_GW = lax.broadcasted_iota(jnp.int32, shape_GW, 0) + first == lax.broadcasted_iota(jnp.int32, shape_GW, 1)
+    scale_GB = lax.dot_general(
+        is_own_GW.astype(jnp.float32).astype(jnp.bfloat16), scale_BW, NT, preferred_element_type=jnp.float32
+    )
+    y_TB = sum_ref[...]
+    for c in range(chunks):
+        w_BL = kernel_ref[:, c * LANES : (c + 1) * LANES].astype(jnp.bfloat16)
+        part_RB = lax.dot_general(x_ref[c], w_BL, NT, preferred_element_type=jnp.float32)
+        for q in range(Q):
+            y_TB += part_RB[q * T : (q + 1) * T] * scale_GB[c * Q + q : c * Q + q + 1]
+    sum_ref[...] = y_TB
+
+
+def _many(sum_ref, x_ref, kernel_ref, scale_BW, first, Q):
+    """As _few."""
+    shape_WI = (scale_BW.shape[1], x_ref.shape[1])
+    group_WI = first + lax.broadcasted_iota(jnp.int32, shape_WI, 1) * Q // LANES
+    is_own_WI = lax.broadcasted_iota(jnp.int32, shape_WI, 0) == group_WI
+    scale_BI = jnp.dot(scale_BW, is_own_WI.astype(jnp.float32).astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    w_BI = (kernel_ref[...].astype(jnp.float32) * scale_BI).astype(jnp.bfloat16)
+    sum_ref[...] += lax.dot_general(x_ref[...], w_BI, NT, preferred_element_type=jnp.float32)
 
 
 def _divisor(count, most) -> int:

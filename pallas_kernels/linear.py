@@ -210,7 +210,9 @@ def _cpu(x_TI, kernel, num_tokens, in_panels=False, **options):
 def _tpu(x_TI, kernel, num_tokens, **options):
     from pallas_kernels import int4_matmul
 
-    return reference(x_TI, kernel, num_tokens, multiply_int4=int4_matmul.multiply, **options)
+    out_dtype = _written_dtype(x_TI, kernel, options["out_dtype"])
+    multiply = functools.partial(int4_matmul.multiply, out_dtype=out_dtype)
+    return reference(x_TI, kernel, num_tokens, multiply_int4=multiply, **options)
 
 
 def _fastest(x_TI, kernel, kernel_scale, in_panels) -> str:

@@ -26,7 +26,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     print(f"jax {jax.__version__}\n")
     print(
-        f"{'model':12} {'target':7} {'step':15} {'weights':>8} {'pages':>7} {'in place':>8} {'temp.':>6} {'used':>7} "
+        f"{'build':26} {'step':15} {'weights':>8} {'pages':>7} {'in place':>8} {'temp.':>6} {'used':>7} "
         f"{'of':>7} {'floor':>8}  {'s':>4}  collectives a step"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -46,13 +46,13 @@ def table(build, folder: Path) -> None:
             mib = [report.weight_bytes, report.page_bytes, found.aliased]
             used, memory = found.arguments + found.beside_arguments, step.prepared.machine.memory.total
             print(
-                f"{build.model:12} {build.target:7} {str(step.bucket):15} {mib[0] / MIB:8,.0f} {mib[1] / MIB:7,.0f} "
+                f"{str(build):26} {str(step.bucket):15} {mib[0] / MIB:8,.0f} {mib[1] / MIB:7,.0f} "
                 f"{mib[2] / MIB:8,.0f} {found.temporaries / MIB:6,.1f} {used / MIB:7,.0f} {memory / MIB:7,.0f} "
                 f"{report.estimate(step.bucket).seconds * 1000:5,.2f} ms  {step.seconds:4.0f}  {counts}",
                 flush=True,
             )
     except ConfigError as error:
-        print(f"{build.model:12} {build.target:7} not compiled: {error}")
+        print(f"{str(build):26} not compiled: {error}")
 
 
 if __name__ == "__main__":

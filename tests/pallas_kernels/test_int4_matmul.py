@@ -20,7 +20,14 @@ def a_product(T, O, I, G, seed=0):
 # The scales of the few are applied in float32, those of the many make bfloat16 weights.
 @pytest.mark.parametrize(
     "T, O, I, G, atol",
-    [(1, 128, 128, 32, 1e-6), (17, 384, 640, 16, 1e-6), (64, 128, 256, 64, 1e-6), (65, 256, 384, 32, 5e-3)],
+    [
+        (1, 128, 128, 32, 1e-6),
+        (17, 384, 640, 16, 1e-6),
+        (64, 128, 256, 64, 1e-6),
+        (65, 256, 384, 32, 5e-3),
+        (2, 128, 4608, 32, 1e-6),  # 144 groups: scales of the last 16 are fetched as part of 128
+        (65, 128, 4608, 32, 5e-3),
+    ],
 )
 def test_matches_numpy(T, O, I, G, atol):
     arguments, want = a_product(T, O, I, G)
@@ -35,6 +42,15 @@ def test_more_tokens_than_one_block_has(monkeypatch):
     arguments, want = a_product(70, 128, 128, 32)
     got = int4_matmul.multiply(*arguments, interpret=True)
     np.testing.assert_allclose(got, want, atol=5e-3 * np.abs(want).max(), rtol=0)
+
+
+def test_sums_are_rounded_once():
+    """To the nearest bfloat16, however many blocks of inputs they are made of."""
+    for T in (3, 70):
+        arguments, _ = a_product(T, 128, 2048, 32)
+        exact = int4_matmul.multiply(*arguments, interpret=True)
+        got = int4_matmul.multiply(*arguments, out_dtype=jnp.bfloat16, interpret=True)
+        np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from typing import Any
 from runtime.buckets import Bucket
 from runtime.footprint import COLLECTIVES, Instruction
 
-HLO_NAMES = {"bfloat16": "bf16", "int8": "s8", "float32": "f32"}
+HLO_NAMES = {"bfloat16": "bf16", "int8": "s8", "int4": "s4", "float32": "f32"}
+HALF_BYTES = {"s4": 1, "s8": 2, "bf16": 4, "f32": 8}  # of an element
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,7 +63,7 @@ class Build:
     options: dict = dataclasses.field(default_factory=dict)
 
     def __str__(self):
-        return f"{self.model} on {self.target}"
+        return " ".join([self.model, "on", self.target, *(str(value) for value in self.options.values())])
 
 
 TPU = [
@@ -70,6 +71,8 @@ TPU = [
     Build("Llama-3-8B", "v6e-1"),
     Build("Llama-3-70B", "v6e-8"),
     Build("Qwen3-32B", "v5p-8"),
+    Build("Llama-3-8B", "v5e-1", {"quantization": "int4"}),
+    Build("Llama-3-8B", "v6e-1", {"quantization": "int4"}),
 ]
 GPU = [Build("Llama-3-8B", target) for target in ("h100-1", "h100-2", "h100-4", "a100-1")]
 
@@ -155,18 +158,21 @@ def _named(instructions) -> str:
 
 
 def _num_bytes(held):
-    return math.prod(held[1]) * (1 if held[0] == "s8" else 2)
+    return math.prod(held[1]) * HALF_BYTES[held[0]] // 2
 
 
 def measured(build: Build, folder: Path, rows: int = 64) -> Iterator[Step]:
-    """The largest decode step of so many rows at most, and the largest chunk."""
+    """The largest decode step of so many rows at most, and the largest chunk with weights as that step wants them."""
+    from runtime import formats
     from runtime.executables import compiled
     from runtime.footprint import Footprint
 
     found = prepared(build, folder)
     buckets = [key for key in found.programs if isinstance(key, Bucket)]
     decode = max(b for b in buckets if b.is_decode and b.num_rows <= rows)
+    layouts: formats.Layouts = {}
     for bucket in (decode, max(b for b in buckets if not b.is_decode)):
-        start = time.perf_counter()
-        program = compiled(found.programs[bucket], found.machine, found.layout.devices)
+        start, program = time.perf_counter(), found.programs[bucket]
+        program = compiled(program.following(layouts) if layouts else program, found.machine, found.layout.devices)
+        layouts = formats.read_back(program) if found.programs[bucket].left_open else {}
         yield Step(found, bucket, Footprint.of(program), time.perf_counter() - start)
