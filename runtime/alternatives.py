@@ -27,11 +27,11 @@ def what_fits(config: EngineConfig, checkpoint: Checkpoint, target: str) -> str:
         if smallest := next((name for name in _targets(candidate) if _fits(config, checkpoint, name)), None):
             found.append(smallest)
             break
-    return f"; {' or '.join(found)} would hold it" if found else "; no known target of one host holds it"
+    return f"; {' or '.join(found)} would hold it" if found else "; no known target holds it"
 
 
 def _targets(chip: chips.Chip) -> Iterator[str]:
-    return (f"{chip.name}-{count}" for count in sorted(chip.counts))
+    return (f"{chip.name}-{count}" for count in sorted(chip.counts | chip.slices))
 
 
 def _fits(config, checkpoint, target) -> bool:

@@ -61,6 +61,7 @@ def run(sections: dict[str, dict[str, Any]], keeps: bool, progress: banner.Start
     from runtime.report import Report
 
     place = machine.absent(target) if target else machine.here()
+    _check_hosts(sections["hosts"].get("nnodes"), place)
     wishes_of_engine = dict(sections["engine"])
     if target and "tensor_parallel_size" not in wishes_of_engine:
         replicas = wishes_of_engine.get("data_parallel_size", 1)
@@ -92,11 +93,23 @@ def run(sections: dict[str, dict[str, Any]], keeps: bool, progress: banner.Start
         print(f"\n{len(built.table)} programs, {size / 2**20:,.0f} MiB, are kept in {built.folder}")
         for other in others:  # the same for their own devices
             print(f"and those of another replica in {build(other).folder}")
-        print(f"where serve finds them, with the same flags{'' if not target else _serve_flags(config)}")
+        print(f"where serve finds them, with the same flags{'' if not target else _serve_flags(config, place)}")
 
 
-def _serve_flags(config) -> str:
-    return f" and --tensor-parallel-size {config.tensor_parallel_size}; copy the folder there, or share --cache-dir"
+def _check_hosts(nnodes, place) -> None:
+    if nnodes not in (None, place.num_hosts):
+        what = f"{place.name} is {place.num_hosts} host{'s' if place.num_hosts > 1 else ''}"
+        raise ConfigError(
+            f"--nnodes {nnodes}, and {what}; "
+            + ("leave --nnodes out" if not place.is_here else "name the slice with --target, as v6e-16")
+        )
+
+
+def _serve_flags(config, place) -> str:
+    size, hosts = config.tensor_parallel_size, place.num_hosts
+    if hosts == 1:
+        return f" and --tensor-parallel-size {size}; copy the folder there, or share --cache-dir"
+    return f", --tensor-parallel-size {size} and --nnodes {hosts}; copy the folder to every host, or share --cache-dir"
 
 
 def _config_of(sections, progress) -> Path:

@@ -1,4 +1,4 @@
-"""Accelerators by name: what is publicly known of each, and how many of them one host has.
+"""Accelerators by name: what is publicly known of each, and how many of them a host or a slice of hosts has.
 
 Sources: the system-architecture pages of Google's Cloud TPU documentation and NVIDIA's data sheets (H100 SXM5 80 GB,
 A100 SXM4 80 GB). FLOPs are dense peaks, of one device as JAX counts them: a TPU7x chip is two. Memory is what a program
@@ -22,7 +22,8 @@ class Chip:
     Attributes:
         name: as in a target, "v6e".
         kind: what JAX calls it, its device_kind.
-        counts: {number in a target: topology}; on TPUs as Google names slices of one host.
+        counts: {number in a target: topology} of one host; on TPUs as Google names slices.
+        slices: the same of several hosts, each of HOST chips.
         memory_bytes: usable, of one device.
         bandwidth: bytes a second between a device and its memory.
         flops: {operand's dtype: multiplications and additions a second}.
@@ -35,32 +36,44 @@ class Chip:
     memory_bytes: int
     bandwidth: float
     flops: dict[str, float]
+    slices: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def topology(self, count: int) -> tuple[str, tuple[int, ...]]:
+        """(name, chips of one host along each axis) of the topology of so many."""
+        if count in self.slices:
+            return self.slices[count], HOST
+        name = self.counts[count]
+        return name, (*map(int, name.split("x")), 1)[:3]
 
     def peak(self, dtype: str) -> float:
         """Operations a second on operands of this dtype; those of bfloat16 where it has no figure of its own."""
         return self.flops.get(dtype, self.flops["bfloat16"])
 
 
+HOST = 2, 2, 1  # chips of each host of a slice, along its axes
+# Larger ones are no use to a model that is split by its heads.
+FLAT = {16: "4x4", 32: "4x8", 64: "8x8"}
+CUBIC = {16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4"}
 GPUS = {1: "1x1x1", 2: "1x1x2", 4: "1x1x4", 8: "1x1x8"}
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
             "v5e", "tpu", "TPU v5 lite", {1: "1x1", 4: "2x2", 8: "2x4"},
-            int(15.7 * GIB), 819e9, {"bfloat16": 197e12, "int8": 394e12},
+            int(15.7 * GIB), 819e9, {"bfloat16": 197e12, "int8": 394e12}, FLAT,
         ),
         # Slices of v5p and TPU7x are named by their TensorCores, two a chip.
         Chip(
             "v5p", "tpu", "TPU v5", {2: "1x1x1", 4: "2x1x1", 8: "2x2x1"},
-            int(95.7 * GIB), 2765e9, {"bfloat16": 459e12, "int8": 918e12},
+            int(95.7 * GIB), 2765e9, {"bfloat16": 459e12, "int8": 918e12}, CUBIC,
         ),
         Chip(
             "v6e", "tpu", "TPU v6 lite", {1: "1x1", 4: "2x2", 8: "2x4"},
-            int(31.2 * GIB), 1640e9, {"bfloat16": 918e12, "int8": 1836e12},
+            int(31.2 * GIB), 1640e9, {"bfloat16": 918e12, "int8": 1836e12}, FLAT,
         ),
         Chip(
             "tpu7x", "tpu", "TPU7x", {2: "1x1x1", 8: "2x2x1"},
-            int(94.7 * GIB), 3690e9, {"bfloat16": 1153.5e12, "float8_e4m3fn": 2307e12},
+            int(94.7 * GIB), 3690e9, {"bfloat16": 1153.5e12, "float8_e4m3fn": 2307e12}, CUBIC,
         ),
         Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", GPUS, 80 * 10**9, 3350e9, {"bfloat16": 989e12, "int8": 1979e12}),
         Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", GPUS, 80 * 10**9, 2039e9, {"bfloat16": 312e12, "int8": 624e12}),
@@ -82,18 +95,16 @@ def named(target: str) -> tuple[Chip, int]:
     """
     match = re.fullmatch(r"([a-z0-9]+?)-(\d+)", target.strip().lower())
     name = ALIASES.get(match[1], match[1]) if match else ""
-    if name in CHIPS and int(match[2]) in CHIPS[name].counts:
+    counts = CHIPS[name].counts | CHIPS[name].slices if name in CHIPS else {}
+    if match and int(match[2]) in counts:
         return CHIPS[name], int(match[2])
-    several = ""
-    known = [f"{chip.name}-{count}" for chip in CHIPS.values() for count in chip.counts]
-    if name in CHIPS:
-        close = [f"{name}-{min(CHIPS[name].counts, key=lambda n: abs(n - int(match[2])))}"]
-        if int(match[2]) > max(CHIPS[name].counts):
-            several = (
-                ". A slice of several hosts is not built ahead: with serve --nnodes each host compiles its programs at "
-                "its first start and keeps them"
-            )
+    alone = [f"{chip.name}-{count}" for chip in CHIPS.values() for count in chip.counts]
+    slices = [f"{chip.name}-{count}" for chip in CHIPS.values() for count in chip.slices]
+    if match and counts:
+        close = [f"{name}-{min(counts, key=lambda n: abs(n - int(match[2])))}"]
     else:
-        close = difflib.get_close_matches(target.lower(), known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(target.lower(), alone + slices, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise ConfigError(f"target {target!r} is not known{hint} Known, each one host: {', '.join(known)}{several}")
+    raise ConfigError(
+        f"target {target!r} is not known{hint} Known, of one host: {', '.join(alone)}; of several: {', '.join(slices)}"
+    )

@@ -52,7 +52,8 @@ def facts_of(of_engine: Mapping[str, str], machine: Machine, devices: Sequence[A
         "libtpu flags": os.environ.get("LIBTPU_INIT_ARGS", "") if kind == "tpu" else "",
         "devices": f"{len(machine.devices)} x {kind}:{machine.devices[0].device_kind}",
         "used": " ".join(_place(device) for device in devices),
-        "host": f"{jax.process_index()} of {jax.process_count()}",
+        # An accelerator's program is one for all its hosts, as in JAX's own cache, which one writes and all read.
+        "host": f"{jax.process_index()} of {jax.process_count()}" if kind == "cpu" else "",
         "processor": _cpu_features() if kind == "cpu" else "",
         "processors": str(_num_cpus()) if kind == "cpu" else "",
         "source": source_digest(),

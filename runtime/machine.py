@@ -42,6 +42,10 @@ class Machine:
     def platform(self) -> str:
         return self.devices[0].platform
 
+    @property
+    def num_hosts(self) -> int:
+        return len({device.process_index for device in self.devices})
+
     def tracing(self, devices) -> AbstractContextManager:
         """Tracing inside picks what suits these devices, rather than those of JAX's default backend."""
         if self.is_here:
@@ -71,7 +75,7 @@ def device_memory(device) -> Memory:
 
 
 def absent(target: str) -> Machine:
-    """The host that a target names, "v6e-8", from a topology: it compiles, and runs nothing.
+    """The host that a target names, "v6e-8", or the hosts, "v6e-16", from a topology: it compiles, and runs nothing.
 
     Raises:
         ConfigError: the target is not known, or its compiler is not installed.
@@ -79,7 +83,7 @@ def absent(target: str) -> Machine:
     from jax.experimental import topologies
 
     chip, count = chips.named(target)
-    topology = chip.counts[count]
+    topology, of_host = chip.topology(count)
     if chip.platform == "tpu":
         _needs("libtpu", f"'jax[tpu]=={jax.__version__}'", chip)
         # What libtpu would ask a TPU VM's metadata for, and wait for in vain.
@@ -87,10 +91,8 @@ def absent(target: str) -> Machine:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        sides = tuple(map(int, topology.split("x")))
-        one_host = (*sides, 1)[:3]
         found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{chip.name}:{topology}", chips_per_host_bounds=one_host
+            platform="tpu", topology_name=f"{chip.name}:{topology}", chips_per_host_bounds=of_host
         )
         options = {}
     else:

@@ -80,7 +80,9 @@ class Report:
         """All of it, as lines."""
         prepared = self.prepared
         machine, kind = prepared.machine, prepared.machine.devices[0].device_kind
-        lines = [f"{prepared.checkpoint.path.name} on {machine.name}: {len(prepared.layout.devices)} x {kind}", ""]
+        size, hosts = len(prepared.layout.devices), machine.num_hosts
+        each = f", {size // hosts} on each of {hosts} hosts" if hosts > 1 else ""
+        lines = [f"{prepared.checkpoint.path.name} on {machine.name}: {size} x {kind}{each}", ""]
         lines += banner.table(prepared.plan.reasons)
         bucket, footprint = self.largest
         rest = machine.memory.total - self.used_bytes
@@ -92,6 +94,8 @@ class Report:
             ("all programs", mib(sum(f.code for f in self.footprints.values())), "their code"),
             ("left", mib(rest), f"of {mib(machine.memory.total)} usable"),
         ]
+        if hosts > 1:
+            rows.append(("a host reads", mib(self.weight_bytes * size // hosts), "of weights, for all its devices"))
         lines += ["", "Memory of each device, MiB", "", *banner.table(rows), ""]
         lines += ["Programs: MiB of each device, and what the devices tell each other in one step", ""]
         rows = [self._row(key, found) for key, found in self.footprints.items()]

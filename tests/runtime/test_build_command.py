@@ -50,13 +50,11 @@ def test_a_plan_keeps_nothing(config_alone, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--target", "v6e-5"], "target 'v6e-5' is not known; did you mean v6e-4? Known, each one host: v5e-1, "),
+        (["--target", "v6e-5"], "target 'v6e-5' is not known; did you mean v6e-4? Known, of one host: v5e-1, "),
         (["--target", "v9-8"], "'v9-8' is not known"),
-        (["--target", "trillium-16"], "did you mean v6e-8?"),
-        (
-            ["--target", "v6e-16"],
-            ". A slice of several hosts is not built ahead: with serve --nnodes each host compiles",
-        ),
+        (["--target", "trillium-128"], "did you mean v6e-64?"),
+        (["--target", "v5p-7"], "; of several: v5e-16, v5e-32, v5e-64, v5p-16, "),
+        (["--nnodes", "4"], "--nnodes 4, and 1 x cpu is 1 host; name the slice with --target, as v6e-16"),
         (["--target", "h200"], "h100-1"),
         (
             ["--cache-dir", ""],
@@ -97,7 +95,10 @@ def test_the_readmes_commands_are_understood():
         if "build" in sections:
             assert chips.named(sections["build"]["target"])
     targets = [
-        f"{chip.name}-{count}" for chip in chips.CHIPS.values() if chip.platform == "tpu" for count in chip.counts
+        f"{chip.name}-{count}"
+        for chip in chips.CHIPS.values()
+        if chip.platform == "tpu"
+        for count in chip.counts | chip.slices
     ]
     assert all(target in section for target in targets)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import absent_tpu
+import jax
 import pytest
 import tiny
 from published import CONFIGS, write_config
@@ -52,16 +53,40 @@ def test_the_host_itself_would_look_for_what_was_built(tmp_path, monkeypatch, ca
     assert kept_steps.facts_of(served.facts, eight, eight.devices[:4]) != facts
 
 
+def test_each_host_of_a_slice_would_look_for_what_was_built(tmp_path, monkeypatch, capsys):
+    from converters.checkpoint import open_checkpoint
+    from runtime.preparation import prepare
+
+    model = tiny.make_checkpoint("llama", tmp_path / "model", **WIDE | {"num_attention_heads": 16})
+    words = [str(model), "--target", "v6e-16", *WORDS, "--cache-dir", str(tmp_path / "cache")]
+    assert build.main(words) == 0
+    said = capsys.readouterr().out
+    assert "v6e-16: 16 x TPU v6 lite, 4 on each of 4 hosts" in said and "--nnodes 4; copy the folder to every" in said
+    (entry,) = (tmp_path / "cache" / "steps").iterdir()
+    host = dataclasses.replace(machine.absent("v6e-16"), name="here", is_here=True)
+    config = EngineConfig(model=str(model), **WISHES | {"tensor_parallel_size": 16})
+    served = prepare(config, open_checkpoint(model), host)
+    assert [device.process_index for device in served.layout.devices] == [i // 4 for i in range(16)]
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    for index in range(4):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        facts = kept_steps.facts_of(served.facts, host, served.layout.devices)
+        kept = kept_steps.KeptSteps(entry.parent, facts, served.programs)
+        assert kept.folder == entry and kept.is_complete
+
+
 @pytest.mark.parametrize(
     ("model", "words", "said"),
     [
         (
             "Llama-3-70B",
             ["--target", "v5e-8"],
-            ["weights take 134,5", "(8 x 16,077 MiB at 90%)", "v5e-8 with --quantization int8 or v5p-4 would hold it"],
+            ["weights take 134,5", "(8 x 16,077 MiB at 90%)", "v5e-8 with --quantization int8 or v5e-16 would hold it"],
         ),
         ("Llama-3-8B", ["--target", "v5e-1"], ["--quantization int8 or v5e-4 would hold it"]),
         ("Llama-3-8B", ["--target", "v6e-8", "-tp", "3"], ["tensor_parallel_size 3 does not divide", "; 2 does"]),
+        ("Llama-3-8B", ["--target", "v6e-16", "--nnodes", "2"], ["v6e-16 is 4 hosts; leave --nnodes out"]),
+        ("Llama-3-8B", ["--target", "v6e-16", "-dp", "2"], ["data_parallel_size 2 needs all devices on one host"]),
         (
             "Llama-3-8B",
             ["--target", "v6e-4", "-tp", "8"],

@@ -71,6 +71,7 @@ TPU = [
     Build("Llama-3-8B", "v6e-1"),
     Build("Llama-3-70B", "v6e-8"),
     Build("Qwen3-32B", "v5p-8"),
+    Build("Llama-3-70B", "v5e-16"),  # four hosts
     Build("Llama-3-8B", "v5e-1", {"quantization": "int4"}),
     Build("Llama-3-8B", "v6e-1", {"quantization": "int4"}),
 ]
