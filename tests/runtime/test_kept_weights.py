@@ -90,6 +90,26 @@ def test_what_one_of_several_processes_holds_comes_back_as_it_was(is_cut, chunk_
     assert read(tmp_path / "less", weights) is None and "of embed.table a part is missing" in caplog.text
 
 
+class Halves:
+    """A sharding that gives this process's devices these halves of the rows."""
+
+    def __init__(self, *halves):
+        self.halves = halves
+
+    def addressable_devices_indices_map(self, shape):
+        size = shape[0] // 2
+        return {f"device {i}": (slice(half * size, (half + 1) * size),) for i, half in enumerate(self.halves)}
+
+
+def test_an_entry_of_one_of_several_hosts_is_named_by_what_it_holds(tmp_path, monkeypatch):
+    shapes = {"norm.scale": jax.ShapeDtypeStruct((8,), jnp.float16)}
+    named = lambda *halves: kept_weights.of_this_process(tmp_path / "entry", shapes, {"norm.scale": Halves(*halves)})
+    assert named(0) == named(1) == tmp_path / "entry"  # a host alone keeps all, whatever its mesh
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert len({tmp_path / "entry", named(0), named(1), named(0, 1)}) == 4
+    assert named(1, 0) == named(0, 1) == named(0, 1, 0)  # which device has which does not matter
+
+
 def _without_a_part(arrays):
     arrays["embed.table"]["parts"].pop()
     return arrays
