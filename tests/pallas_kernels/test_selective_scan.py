@@ -8,19 +8,19 @@ import pytest
 from pallas_kernels.selective_scan import selective_scan
 
 C, N = 5, 3
-LENGTHS = [[1], [4], [1, 1, 1], [3, 0, 7], [0, 0], [6, 1]]
+LENGTHS = [[1], [4], [1, 1, 1], [3, 0, 7], [0, 0], [6, 1], [8, 4], [1, 11]]
 
 
-scan = jax.jit(selective_scan, static_argnames="implementation")
+scan = jax.jit(selective_scan, static_argnames=("implementation", "max_q_len"))
 
 
 def batch(lengths, T=12, S=4, seed=0):
     rng = np.random.default_rng(seed)
     x_TC, dt_TC, b_TN, c_TN = (rng.normal(size=(T, n)) for n in (C, C, N, N))
-    dt_TC, a_CN, skip_C = np.log1p(np.exp(dt_TC)), -np.exp(rng.normal(size=(C, N))), rng.normal(size=C)
-    state_SCN = rng.normal(size=(S, C, N))
+    dt_TC, a_NC, skip_C = np.log1p(np.exp(dt_TC)), -np.exp(rng.normal(size=(N, C))), rng.normal(size=C)
+    state_SNC = rng.normal(size=(S, N, C))
     cu_S1 = np.concatenate([[0], np.cumsum(lengths + [0] * (S - len(lengths)))])
-    return [x_TC, dt_TC, a_CN, b_TN, c_TN, skip_C, state_SCN, cu_S1, np.array(len(lengths))]
+    return [x_TC, dt_TC, a_NC, b_TN, c_TN, skip_C, state_SNC, cu_S1, np.array(len(lengths))]
 
 
 def arrays(args):
@@ -28,29 +28,29 @@ def arrays(args):
     return [*(jnp.asarray(x, jnp.float32) for x in floats), jnp.asarray(cu_S1, jnp.int32), jnp.int32(num_rows)]
 
 
-def looped(x_TC, dt_TC, a_CN, b_TN, c_TN, skip_C, state_SCN, cu_S1, num_rows):
-    y_TC, state_SCN = np.zeros_like(x_TC), state_SCN.copy()
+def looped(x_TC, dt_TC, a_NC, b_TN, c_TN, skip_C, state_SNC, cu_S1, num_rows):
+    y_TC, state_SNC = np.zeros_like(x_TC), state_SNC.copy()
     for s in range(num_rows):
         for t in range(cu_S1[s], cu_S1[s + 1]):
             for c in range(C):
                 for n in range(N):
-                    decay = np.exp(dt_TC[t, c] * a_CN[c, n])
-                    state_SCN[s, c, n] = decay * state_SCN[s, c, n] + dt_TC[t, c] * b_TN[t, n] * x_TC[t, c]
-                y_TC[t, c] = state_SCN[s, c] @ c_TN[t] + skip_C[c] * x_TC[t, c]
-    return y_TC, state_SCN
+                    decay = np.exp(dt_TC[t, c] * a_NC[n, c])
+                    state_SNC[s, n, c] = decay * state_SNC[s, n, c] + dt_TC[t, c] * b_TN[t, n] * x_TC[t, c]
+                y_TC[t, c] = state_SNC[s, :, c] @ c_TN[t] + skip_C[c] * x_TC[t, c]
+    return y_TC, state_SNC
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("implementation", ["reference", "associative"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
 def test_matches_loops(lengths, implementation):
     args = batch(lengths)
-    y_TC, state_SCN = scan(*arrays(args), implementation=implementation)
+    y_TC, state_SNC = scan(*arrays(args), implementation=implementation)
     expected_y, expected_state = looped(*args)
     np.testing.assert_allclose(y_TC, expected_y, atol=1e-5)
-    np.testing.assert_allclose(state_SCN, expected_state, atol=1e-5)
+    np.testing.assert_allclose(state_SNC, expected_state, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "associative"])
+@pytest.mark.parametrize("implementation", ["reference", "blocks"])
 def test_a_prompt_in_two_steps_is_the_prompt_at_once(implementation):
     x, dt, a, b, c, skip, state, _, _ = arrays(batch([9], T=9, S=1))
     run = lambda span, state: scan(
@@ -72,9 +72,20 @@ def test_a_prompt_in_two_steps_is_the_prompt_at_once(implementation):
     np.testing.assert_allclose(cut_end, end, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [1, 0, 1], [0, 0], [1]], ids=str)
+def test_one_token_a_row_is_one_update(lengths):
+    args = batch(lengths)
+    y_TC, state_SNC = scan(*arrays(args), max_q_len=1)
+    expected_y, expected_state = looped(*args)
+    np.testing.assert_allclose(y_TC, expected_y, atol=1e-5)
+    np.testing.assert_allclose(state_SNC, expected_state, atol=1e-5)
+
+
 def test_refusals_say_what_to_do():
     args = arrays(batch([2]))
     with pytest.raises(ValueError, match=r"needed are \[T, 5\]"):
         selective_scan(args[0][:, :4], *args[1:])
     with pytest.raises(ValueError, match="choose one of"):
         selective_scan(*args, implementation="fast")
+    with pytest.raises(ValueError, match="one token a row, and max_q_len is None; choose blocks"):
+        selective_scan(*args, implementation="update")

@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import whole_step
 
+from pallas_kernels import latent_attention
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import linear
 from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention, tpu_plan
+from pallas_kernels.selective_scan import selective_scan
 
 pytestmark = pytest.mark.tpu
 reason = absent_tpu.prepare()
@@ -106,3 +110,82 @@ def test_no_int4_weight_is_written_as_floats(chip, T):
     executable, _ = absent_tpu.compile_for(chip, run, shapes)
     assert executable.memory_analysis().temp_size_in_bytes < 64e6
     assert "int4_matmul" in executable.as_text()
+
+
+def large_copies(executable, least_bytes):
+    return [line for size, line in whole_step.copies(executable.as_text()) if size >= least_bytes]
+
+
+def num_bytes(array):
+    return int(np.prod(array.shape)) * array.dtype.itemsize
+
+
+# experts, experts a token goes to, width, an expert's hidden width
+EXPERTS = {"Mixtral-8x7B": (8, 2, 4096, 14336), "DeepSeek-V2-Lite": (64, 6, 2048, 1408)}
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("num_tokens", [64, 512])
+@pytest.mark.parametrize("E, top, I, O", EXPERTS.values(), ids=EXPERTS)
+def test_experts_are_multiplied_where_they_lie(chip, num_tokens, E, top, I, O):
+    """The three products of a layer's experts, by megablox."""
+    array = jax.ShapeDtypeStruct
+
+    def layer(x_TI, gate_EOI, up_EOI, down_EIO, sizes_E):
+        hidden = jax.nn.silu(grouped_matmul(x_TI, gate_EOI, sizes_E)) * grouped_matmul(x_TI, up_EOI, sizes_E)
+        return grouped_matmul(hidden.astype(x_TI.dtype), down_EIO, sizes_E)
+
+    arrays = [array(shape, jnp.bfloat16) for shape in [(num_tokens * top, I), (E, O, I), (E, O, I), (E, I, O)]]
+    executable, _ = absent_tpu.compile_for(chip, layer, [*arrays, array((E,), jnp.int32)])
+    assert executable.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    assert large_copies(executable, num_bytes(arrays[1]) // E) == []
+    # Two hidden layers and one answer, in float32.
+    assert executable.memory_analysis().temp_size_in_bytes < 4 * num_tokens * top * (2 * O + I) + 2**20
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("num_tokens", [64, 512])
+def test_latent_attention_writes_pages_in_place(chip, num_tokens):
+    """DeepSeek-V2-Lite, layers scanned over one array."""
+    array = jax.ShapeDtypeStruct
+    N, R, H, B, P, S, M, layers = 16, 512, 64, 128, 256, 64, 32, 4
+    cache = array(latent_attention.cache_shape(P * layers, B, R, H, "tpu"), jnp.bfloat16)
+    floats = [array((num_tokens, *width), jnp.bfloat16) for width in [(N, R), (N, H), (R,), (H,)]]
+    integers = [array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]]
+
+    def step(q_latent, q_rope, latent, rope, cache, *rest):
+        def layer(carry, i):
+            x, cache = carry
+            out, cache = latent_attention.latent_attention(
+                x, q_rope, latent, rope, cache, *rest, scale=0.1, page_offset=i * P
+            )
+            return (x + out, cache), None
+
+        return jax.lax.scan(layer, (q_latent, cache), jnp.arange(layers))[0]
+
+    executable, _ = absent_tpu.compile_for(chip, step, [*floats, cache, *integers], donate=(4,))
+    assert executable.memory_analysis().alias_size_in_bytes >= num_bytes(cache)
+    assert large_copies(executable, num_bytes(cache) // layers) == []
+
+
+# channels of a layer, numbers of a channel's state
+STATES = {"Mamba-2.8B": (5120, 16), "Jamba": (8192, 16)}
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("num_tokens, max_q_len", [(64, 1), (512, None)], ids=["decode", "chunk"])
+@pytest.mark.parametrize("C, N", STATES.values(), ids=STATES)
+def test_selective_scan_updates_states_in_place(chip, num_tokens, max_q_len, C, N):
+    S = 64
+    array = jax.ShapeDtypeStruct
+    tokens = [array((num_tokens, width), jnp.bfloat16) for width in (C, C, N, N)]
+    x, dt, b, c = tokens
+    state = array((S, N, C), jnp.float32)
+    arrays = [x, dt, array((N, C), jnp.float32), b, c, array((C,), jnp.float32), state]
+    arrays += [array((S + 1,), jnp.int32), array((), jnp.int32)]
+    step = functools.partial(selective_scan, max_q_len=max_q_len)
+    executable, _ = absent_tpu.compile_for(chip, step, arrays, donate=(6,))
+    memory = executable.memory_analysis()
+    assert memory.alias_size_in_bytes >= num_bytes(state)
+    assert large_copies(executable, num_bytes(state) // 4) == []
+    assert memory.temp_size_in_bytes < num_bytes(state)
