@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import absent_tpu
 import jax
@@ -38,7 +39,7 @@ def test_the_host_itself_would_look_for_what_was_built(tmp_path, monkeypatch, ca
     # The same model with its weights and tokenizer, on a host whose processor and flags of it are others.
     monkeypatch.setattr(kept_steps, "_num_cpus", lambda: 224)
     monkeypatch.setattr(kept_steps, "_cpu_features", lambda: "flags: others")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=3")
     host = dataclasses.replace(machine.absent("v5e-4"), name="here", is_here=True)
     served = prepare(EngineConfig(model=str(model), **WISHES), open_checkpoint(model), host)
     facts = kept_steps.facts_of(served.facts, host, served.layout.devices)

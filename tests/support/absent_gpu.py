@@ -21,7 +21,9 @@ def prepare() -> str | None:
         return "JAX's CUDA plugin is not installed: pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt, as jax"
     if not glob.glob("/dev/nvidia[0-9]*"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    flags, no_tuning = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"
+    if no_tuning not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {no_tuning}".strip()
     return None
 
 
