@@ -187,5 +187,5 @@ def test_selective_scan_updates_states_in_place(chip, num_tokens, max_q_len, C, 
     executable, _ = absent_tpu.compile_for(chip, step, arrays, donate=(6,))
     memory = executable.memory_analysis()
     assert memory.alias_size_in_bytes >= num_bytes(state)
-    assert large_copies(executable, num_bytes(state) // 4) == []
-    assert memory.temp_size_in_bytes < num_bytes(state)
+    assert large_copies(executable, 2**20) == []
+    assert memory.temp_size_in_bytes < 2 * 2**20  # a state of one row is half a megabyte at most, all are 20 and more
