@@ -164,7 +164,7 @@ def _product(x_TI, kernel_OI, scale_O, out_dtype):
     top_T1 = jnp.max(jnp.abs(x_TI), axis=-1, keepdims=True)
     top_T1 = jnp.where(top_T1 > 0, top_T1, 1)
     y_TO = _dot(jnp.round(x_TI * (127 / top_T1)).astype(jnp.int8), kernel_OI, jnp.int32).astype(jnp.float32)
-    return y_TO * (scale_O.astype(jnp.float32) * (top_T1 / 127))
+    return (y_TO * (scale_O.astype(jnp.float32) * (top_T1 / 127))).astype(out_dtype)
 
 
 def _multiply_int4(x_TI, kernel_OI, scale_OJ, offset_OJ):
