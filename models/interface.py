@@ -123,7 +123,8 @@ def _put_in_panels(model, dtype) -> frozenset[str]:
             attribute = "kernel" if isinstance(module, Linear) else "table"
             held = getattr(module, attribute).get_value().dtype
             if module.put_in_panels(held if held in (jnp.int8, jnp.int4) else dtype):
-                names.add(_name((*path, attribute)))
+                suffixes = ("", "_scale", "_offset") if held == jnp.int4 else ("",)
+                names |= {_name((*path, attribute + suffix)) for suffix in suffixes}
     return frozenset(names)
 
 

@@ -65,7 +65,7 @@ def linear(
         bias: `[O]`, or `[2, O]` for a kernel of two halves.
         activation: a name in ACTIVATIONS.
         out_dtype: dtype of the result; x's when None.
-        in_panels: the kernel's bytes stand as `panels.pack` puts them.
+        in_panels: the kernel stands as `panels.pack` puts it, and with an int4 one its scales and offsets.
         implementation: a name in IMPLEMENTATIONS, or None for the fastest here.
 
     Returns:
@@ -97,6 +97,8 @@ def linear(
         run = functools.partial(run, in_panels=True)
     elif in_panels:
         kernel = panels.unpack(kernel)
+        if kernel_offset is not None:
+            kernel_scale, kernel_offset = (panels.unpack(of, 1) for of in (kernel_scale, kernel_offset))
     return run(
         x_TI,
         kernel,
@@ -193,15 +195,8 @@ def _dot(x_TI, kernel_OI, out_dtype):
 
 
 def _cpu(x_TI, kernel, num_tokens, in_panels=False, **options):
-    if kernel.dtype == jnp.int4:
-        from pallas_kernels.cpu import grouped
-
-        num_threads = cpu.register_int4().num_threads
-        multiply = functools.partial(grouped.multiply, num_tokens=num_tokens, num_threads=num_threads)
-        return reference(x_TI, kernel, num_tokens, multiply_int4=multiply, **options)
     from pallas_kernels.cpu import matmul
 
-    options.pop("kernel_offset")  # only int4 kernels have one
     return matmul.linear(
         x_TI, kernel, num_tokens, num_threads=cpu.register().num_threads, in_panels=in_panels, **options
     )
@@ -223,12 +218,10 @@ def _fastest(x_TI, kernel, kernel_scale, in_panels) -> str:
         return "tpu" if int4_matmul.supports(x_TI, flat(kernel), flat(kernel_scale)) else "reference"
     if current_platform() != "cpu" or not cpu.is_available():
         return "reference"
-    if kernel.dtype == jnp.int4:
-        from pallas_kernels.cpu import grouped
-
-        return "cpu" if grouped.supports(kernel, kernel_scale) else "reference"
     from pallas_kernels.cpu import matmul
 
+    if kernel.dtype == jnp.int4:
+        return "cpu" if in_panels and matmul.supports_groups(x_TI, kernel_scale) else "reference"
     # Matrix units multiply bfloat16 far faster than float32 lanes, once there are rows to fill them.
     if not in_panels and kernel.dtype == jnp.bfloat16 and x_TI.shape[0] >= MATRIX_UNIT_ROWS and cpu.has_matrix_units():
         return "reference"

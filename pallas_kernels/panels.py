@@ -1,10 +1,10 @@
 """Weights in panels: the order in memory in which a CPU multiplies them by tokens, with no sum left to fold.
 
 A panel is a few rows of a kernel, as many as two registers have words. Of each row it holds a word of 32 bits in turn:
-two bfloat16 or four int8 inputs. A register then has a word of each of 8 or 16 outputs, and a token's word, spread over
-a register, goes past them all.
+two bfloat16, four int8 or eight int4 inputs. A register then has a word of each of 8 or 16 outputs, and a token's word,
+spread over a register, goes past them all. The scales and offsets of an int4 kernel stand one in turn.
 
-A kernel in panels keeps its shape, `[..., O, I]`; only its bytes stand elsewhere.
+An array in panels keeps its shape, `[..., O, I]`; only its elements stand elsewhere.
 
 Dimension key
     O  outputs     I  inputs     P  panels, O / R     R  a panel's outputs     W  words of a row
@@ -32,21 +32,25 @@ def num_outs() -> int:
 
 def suits(num_rows: int, num_in: int, dtype) -> bool:
     """Whether kernels of this many rows, or of two halves of half as many, are multiplied faster in panels here."""
-    if not cpu.is_available() or cpu.has_matrix_units():
+    if not cpu.is_available() or (cpu.has_matrix_units() and dtype != jnp.int4):
         return False
     from pallas_kernels.cpu import matmul
 
     return num_rows % (2 * num_outs()) == 0 and matmul.multiplies_panels(num_in, dtype)
 
 
-def pack(kernel):
-    """A JAX array `[..., O, I]` in panels."""
-    words_PRWE = kernel.reshape(-1, num_outs(), *_words(kernel))
-    return words_PRWE.swapaxes(1, 2).reshape(kernel.shape)
+def pack(array, width=None):
+    """A JAX array `[..., O, I]` in panels.
+
+    Args:
+        width: elements of a row side by side; as many as a word has when None, 1 for scales and offsets of int4.
+    """
+    words_PRWE = array.reshape(-1, num_outs(), *_words(array, width))
+    return words_PRWE.swapaxes(1, 2).reshape(array.shape)
 
 
 def pack_in_place(kernel: np.ndarray):
-    """`pack`, where the array lies."""
+    """`pack`, where the array of bfloat16 or int8 lies."""
     num_words = _words(kernel)[0]
     words_PRW = kernel.view(np.uint32).reshape(-1, num_outs(), num_words)
     words_PWR = words_PRW.reshape(-1, num_words, num_outs())
@@ -55,10 +59,10 @@ def pack_in_place(kernel: np.ndarray):
         words_PWR[some] = words_PRW[some].copy().swapaxes(1, 2)
 
 
-def unpack(kernel):
+def unpack(array, width=None):
     """The other way round."""
-    num_words, width = _words(kernel)
-    return kernel.reshape(-1, num_words, num_outs(), width).swapaxes(1, 2).reshape(kernel.shape)
+    num_words, width = _words(array, width)
+    return array.reshape(-1, num_words, num_outs(), width).swapaxes(1, 2).reshape(array.shape)
 
 
 def rows(kernel_OI, indices_T):
@@ -69,6 +73,7 @@ def rows(kernel_OI, indices_T):
     return words_TWE.reshape(-1, kernel_OI.shape[-1])
 
 
-def _words(kernel) -> tuple[int, int]:
-    width = WORD_BYTES // jnp.dtype(kernel.dtype).itemsize
-    return kernel.shape[-1] // width, width
+def _words(array, width=None) -> tuple[int, int]:
+    if width is None:
+        width = 8 if array.dtype == jnp.int4 else WORD_BYTES // jnp.dtype(array.dtype).itemsize
+    return array.shape[-1] // width, width

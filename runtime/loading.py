@@ -119,8 +119,7 @@ def load(
         placing = beside.submit(place)
         if plan.platform == "cpu" and cpu.is_available():
             progress("kernels", 0, 1)
-            register = cpu.register_int4 if plan.quantization == "int4" else cpu.register
-            _timed(seconds, "kernels", register)  # programs from disk refer to them by name
+            _timed(seconds, "kernels", cpu.register)  # programs from disk refer to them by name
             progress("kernels", 1, 1)
         tables = steps.make(progress, seconds)
         placed = _timed(seconds, "weights", placing.result)

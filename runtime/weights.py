@@ -52,7 +52,8 @@ def on_devices(
     step = lambda done, total: progress("weights", done, total)
     whole = cache_dir and cache_dir / "weights" / _identity(checkpoint, plan)
     own = whole and kept_weights.of_this_process(whole, stored, places)
-    rooms = huge_pages.rooms(stored) if plan.platform == "cpu" and tensor is None else None
+    roomy = {name: shape for name, shape in stored.items() if shape.dtype != jnp.int4}  # whose two share a byte there
+    rooms = huge_pages.rooms(roomy) if plan.platform == "cpu" and tensor is None else None
     restore = functools.partial(kept_weights.restore, shapes=stored, wheres=places, progress=step, rooms=rooms)
     with malloc.nothing_large_kept():
         found = _restored({"own": own, "whole": whole} if own and whole else {}, restore, agree)
@@ -63,7 +64,7 @@ def on_devices(
     for name in repeated:
         found[name] = mesh.repeat_kv_heads(found[name], shapes[name].shape, wheres[name])
     for name in in_panels:
-        found[name] = _in_panels(found[name], (rooms or {}).get(name))
+        found[name] = _in_panels(name, found[name], (rooms or {}).get(name))
     return found
 
 
@@ -88,8 +89,10 @@ def _restored(folders, restore, agree):
     return None
 
 
-def _in_panels(array, room):
+def _in_panels(name, array, room):
     """A CPU's weight in panels; where it stands when there is a room for it, which is where it lies."""
+    if name.endswith(("_scale", "_offset")):  # of int4
+        return panels.pack(array, width=1)
     if room is None:
         return panels.pack(array)
     panels.pack_in_place(room)

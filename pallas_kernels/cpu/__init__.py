@@ -50,17 +50,6 @@ def register():
     return pool
 
 
-@functools.cache
-def register_int4():
-    """The same for the kernel of int4 weights, which only some models have."""
-    from pallas_kernels.cpu import build, grouped
-
-    pool = register()
-    build.chunk_function(grouped.chunk, grouped.CHUNK)
-    build.handler(grouped.handle, grouped.TARGET)
-    return pool
-
-
 def blank(shape, dtype):
     """An array that takes memory only as it is written; for use while tracing, after `register`."""
     from pallas_kernels.cpu import untouched

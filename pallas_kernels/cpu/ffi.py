@@ -11,7 +11,7 @@ from numba import types
 from pallas_kernels.cpu import vectors as v
 
 # XLA_FFI_DataType
-S8, S32, F16, F32, BF16, F8E5M2, F8E4M3FN = 2, 4, 10, 11, 16, 19, 20
+S8, S32, F16, F32, BF16, F8E5M2, F8E4M3FN, S4 = 2, 4, 10, 11, 16, 19, 20, 21
 
 EXTENSION, API, STAGE = 8, 16, 32  # of the call frame
 NUM_ARGS, ARGS, NUM_RETS, RETS, NUM_ATTRS, ATTRS = 56, 72, 96, 112, 136, 160

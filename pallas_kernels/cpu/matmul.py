@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numba
 import numpy as np
 
-from pallas_kernels.cpu import arrays, ffi, panels, threads, tiles
+from pallas_kernels.cpu import arrays, ffi, grouped, panels, threads, tiles
 from pallas_kernels.cpu import vectors as v
-from pallas_kernels.cpu.ffi import BF16, S8
+from pallas_kernels.cpu.ffi import BF16, S4, S8
 from pallas_kernels.cpu.panels import OUTS
 from pallas_kernels.cpu.rotation import rotate_block
 from pallas_kernels.rotation import BLOCK
 
-TARGET, CHUNK = "jax_serving_cpu_linear_4", "jax_serving_cpu_linear_chunk_4"
+TARGET, CHUNK = "jax_serving_cpu_linear_5", "jax_serving_cpu_linear_chunk_5"
 BLOCK_BYTES = 65536  # of weights a chunk: what the second-level cache holds beside the tokens
 STREAM_BYTES = 262144  # the same for tokens that fit one tile: weights then pass by once
 PANEL_BYTES = 196608  # of widened tokens a block
@@ -35,11 +35,11 @@ SILU, GELU_TANH, RELU = 1, 2, 3
 
 # The job: one int64 a field, at the head of the scratch buffer.
 (
-    X, X_DTYPE, KERNEL, KERNEL_DTYPE, SCALE, SCALE_DTYPE, NORM, NORM_DTYPE, RESIDUAL, RESIDUAL_DTYPE,
-    BIAS, BIAS_DTYPE, Y, Y_DTYPE, TOKENS, INPUTS, OUTPUTS, GATED, ACTIVATION,
+    X, X_DTYPE, KERNEL, KERNEL_DTYPE, SCALE, SCALE_DTYPE, OFFSET, OFFSET_DTYPE, NORM, NORM_DTYPE,
+    RESIDUAL, RESIDUAL_DTYPE, BIAS, BIAS_DTYPE, Y, Y_DTYPE, TOKENS, INPUTS, OUTPUTS, GATED, ACTIVATION,
     BLOCK_ROWS, BLOCK_OUTS, NUM_BLOCK_OUTS, PANELS, SCRATCH, SCRATCH_STRIDE,
-) = range(0, 8 * 25, 8)  # fmt: skip
-EPS, NORM_OFFSET = 8 * 25, 8 * 26
+) = range(0, 8 * 27, 8)  # fmt: skip
+EPS, NORM_OFFSET = 8 * 27, 8 * 28
 HEAD_WORDS = 64  # float32 words of scratch before the threads' own: the job
 THREAD_WORDS = 16  # words at the head of a thread's scratch: the block of tokens it holds
 
@@ -204,7 +204,7 @@ def _total(job, y, o, row_scale, one):
     """A sum, in its unit and with its bias; `o` is its row of the kernel."""
     value = v.splat(v.load_f32(y)) if one else v.load_v(y)
     scale, bias = v.load_i64(job + SCALE), v.load_i64(job + BIAS)
-    if scale:
+    if scale and v.load_i64(job + KERNEL_DTYPE) != S4:
         dtype = v.load_i64(job + SCALE_DTYPE)
         weight_scale = arrays.get_one(scale, o, dtype) if one else arrays.get(scale, o, dtype)
         value = v.mul(value, v.mul(weight_scale, v.splat(row_scale)))
@@ -291,20 +291,34 @@ def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
     for i in range(0, outs, OUTS):
         first = o + (outs - OUTS - i if backwards else i)
         kernel = v.load_i64(job + KERNEL) + first * stride
-        for k in range(0, stride, panels.DEPTH_BYTES):
-            count = min(panels.DEPTH_BYTES, stride - k)
+        if dtype == S4:
             for half in range(1 + gated):
-                w = kernel + half * outputs * stride + k * OUTS
-                # Tokens of many tiles pass by each panel many times: meanwhile comes the next.
-                fetch, fetch_step = w + count * OUTS, 4 * OUTS // num_tiles
-                if backwards and k + count == stride:
-                    fetch = w - k * OUTS - stride * OUTS
-                x, y, more = panel + k * widening, sums + 4 * OUTS * half, min(k, 1)
-                panels.multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
+                _multiply_groups(job, rows, first + half * outputs, panel, sums + 4 * OUTS * half, y_stride, backwards)
+        else:
+            for k in range(0, stride, panels.DEPTH_BYTES):
+                count = min(panels.DEPTH_BYTES, stride - k)
+                for half in range(1 + gated):
+                    w = kernel + half * outputs * stride + k * OUTS
+                    # Tokens of many tiles pass by each panel many times: meanwhile comes the next.
+                    fetch, fetch_step = w + count * OUTS, 4 * OUTS // num_tiles
+                    if backwards and k + count == stride:
+                        fetch = w - k * OUTS - stride * OUTS
+                    x, y, more = panel + k * widening, sums + 4 * OUTS * half, min(k, 1)
+                    panels.multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
         for m in range(rows):
             y, out, row_scale = sums + m * y_stride, (token + m) * outputs + first, v.load_f32(scales + 4 * m)
             for i in range(0, OUTS, v.LANES):
                 _finish(job, y + 4 * i, first + i, out + i, row_scale, False)
+
+
+@_compiled
+def _multiply_groups(job, rows, first, panel, sums, y_stride, backwards):
+    """As `_multiply_panels` for one panel of an int4 kernel, whose first row is `first`, as far as its sums."""
+    inputs = v.load_i64(job + INPUTS)
+    kernel, group = v.load_i64(job + KERNEL) + first * inputs // 2, first * inputs // grouped.GROUP * 2
+    scales, offsets = v.load_i64(job + SCALE) + group, v.load_i64(job + OFFSET) + group
+    following = kernel + (-1 if backwards else 1) * OUTS * inputs // 2
+    grouped.multiply(rows, panel, 4 * inputs, kernel, scales, offsets, inputs, sums, y_stride, following)
 
 
 @_compiled
@@ -322,13 +336,16 @@ def _describe(job, index, buffer):
 
 @_compiled
 def _start(frame):
-    """Arguments: x, kernel, scale, norm, residual, bias, num_tokens; results: y, scratch `[head + threads * words]`."""
+    """Arguments: x, kernel, scale, offset, norm, residual, bias, num_tokens; results: y, scratch.
+
+    The scratch is `[head + threads * words]`.
+    """
     y, scratch = ffi.result(frame, 0), ffi.result(frame, 1)
     job = ffi.data(scratch)
-    for i in range(6):
-        _describe(job, (X, KERNEL, SCALE, NORM, RESIDUAL, BIAS)[i], ffi.argument(frame, i))
+    for i in range(7):
+        _describe(job, (X, KERNEL, SCALE, OFFSET, NORM, RESIDUAL, BIAS)[i], ffi.argument(frame, i))
     _describe(job, Y, y)
-    tokens = min(v.load_i32(ffi.data(ffi.argument(frame, 6))), ffi.dim(y, 0))
+    tokens = min(v.load_i32(ffi.data(ffi.argument(frame, 7))), ffi.dim(y, 0))
     activation, gated, max_threads = ffi.int_in(frame, INTS, 0), ffi.int_in(frame, INTS, 1), ffi.int_in(frame, INTS, 2)
     block_rows, block_outs = ffi.int_in(frame, INTS, 3), ffi.int_in(frame, INTS, 4)
     v.store_i64(job + PANELS, ffi.int_in(frame, INTS, 5))
@@ -374,26 +391,35 @@ def supports(x_TI, kernel) -> bool:
     return known and x_TI.dtype in floats
 
 
+def supports_groups(x_TI, kernel_scale) -> bool:
+    """The same of an int4 kernel in panels."""
+    groups = x_TI.shape[1] == kernel_scale.shape[-1] * grouped.GROUP and kernel_scale.dtype == jnp.bfloat16
+    return groups and x_TI.dtype in (jnp.float32, jnp.bfloat16)
+
+
 def multiplies_panels(num_in: int, dtype) -> bool:
     """Whether there are instructions for kernels of this dtype in panels."""
+    if dtype == jnp.int4:
+        return num_in % grouped.GROUP == 0
     if jnp.dtype(dtype) == jnp.bfloat16:
         return num_in % 32 == 0
     return jnp.dtype(dtype) == jnp.int8 and panels.HAS_BYTES and num_in % 64 == 0
 
 
 def linear(
-    x_TI, kernel, num_tokens, *, kernel_scale, norm_I, norm_eps, norm_offset, residual_TO, bias, activation,
-    out_dtype, num_threads, in_panels,
+    x_TI, kernel, num_tokens, *, kernel_scale, kernel_offset, norm_I, norm_eps, norm_offset, residual_TO, bias,
+    activation, out_dtype, num_threads, in_panels,
 ):  # fmt: skip
     """See `pallas_kernels.linear.linear`; num_threads is the most that may work on it."""
     T, I = x_TI.shape
     O, gated = kernel.shape[-2], kernel.ndim - 2
     absent = jnp.zeros((0,), jnp.float32)
     token_bytes = _token_bytes.py_func({jnp.int8: S8, jnp.bfloat16: BF16}.get(kernel.dtype.type))
+    kernel_bytes = 0.5 if kernel.dtype == jnp.int4 else kernel.dtype.itemsize
     if in_panels:
-        block_rows, block_outs = _blocks_of_panels(T, I, O, gated, kernel.dtype.itemsize, token_bytes)
+        block_rows, block_outs = _blocks_of_panels(T, I, O, gated, kernel_bytes, token_bytes)
     else:
-        block_rows, block_outs = _blocks(T, I, O, gated, kernel.dtype.itemsize)
+        block_rows, block_outs = _blocks(T, I, O, gated, kernel_bytes)
     panel_words = _panel_bytes.py_func(token_bytes, block_rows, I) // 4
     words = THREAD_WORDS + _round_up(block_rows, 16) + panel_words + block_rows * block_outs * (1 + gated)
     y_TO, _ = jax.ffi.ffi_call(
@@ -405,7 +431,7 @@ def linear(
     )(
         x_TI,
         kernel,
-        *(absent if array is None else array for array in (kernel_scale, norm_I, residual_TO, bias)),
+        *(absent if array is None else array for array in (kernel_scale, kernel_offset, norm_I, residual_TO, bias)),
         jnp.int32(T) if num_tokens is None else num_tokens,
         floats=np.array([norm_eps, norm_offset], np.float32),
         ints=np.array([ACTIVATIONS[activation], gated, num_threads, block_rows, block_outs, in_panels], np.int32),
@@ -425,7 +451,7 @@ def _blocks_of_panels(T, I, O, gated, itemsize, token_bytes):
     """The same for a kernel in panels."""
     rows = max(24, PANEL_BYTES // (max(2, token_bytes) * I) // panels.TILES[0] * panels.TILES[0])
     rows = min(T, _round_up(-(-T // max(1, round(T / rows))), panels.TILES[0]))  # no block of a few tokens at the end
-    most, num_panels = max(1, panels.CHUNK_BYTES // (OUTS * I * itemsize * (1 + gated))), O // OUTS
+    most, num_panels = max(1, int(panels.CHUNK_BYTES / (OUTS * I * itemsize * (1 + gated)))), O // OUTS
     return rows, OUTS * -(-num_panels // -(-num_panels // most))
 
 

@@ -26,7 +26,6 @@ COMPILE = f"""
 from pallas_kernels import cpu
 from pallas_kernels.cpu import vectors
 cpu.register()
-cpu.register_int4()
 print(tuple(getattr(vectors, name) for name in {CHOOSES_BY}))
 """
 NUMBERS = [pathlib.Path(__file__).with_name(name) for name in ("test_linear.py", "test_cpu_attention.py")]

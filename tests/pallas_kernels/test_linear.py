@@ -195,19 +195,30 @@ def test_int4_kernels_are_their_steps_times_their_scales(T, I, J, out, dtype, at
 
 
 @needs_cpu_kernels
-@pytest.mark.parametrize("dtype, rtol", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)], ids=["f32", "bf16"])
-@pytest.mark.parametrize("T, I, J, out", [(1, 32, 1, (5,)), (9, 192, 6, (2, 40)), (70, 96, 3, (67,))], ids=str)
-def test_int4_cpu_kernel_matches_the_reference(T, I, J, out, dtype, rtol):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("T, I, out", [(1, 32, (64,)), (15, 192, (2, 64)), (70, 1056, (192,))], ids=str)
+def test_int4_cpu_kernel_matches_the_reference(T, I, out, dtype):
     x_TI, rng = random(T, I).astype(dtype), np.random.default_rng(1)
-    scale, offset = (jnp.asarray(rng.standard_normal((*out, J)), jnp.bfloat16) for _ in range(2))
-    kernel = jnp.asarray(np.random.default_rng(0).integers(-8, 8, (*out, I)), jnp.int4)
-    options = {"kernel_scale": scale, "kernel_offset": offset, "out_dtype": jnp.float32}
-    options |= {"activation": "silu"} if len(out) == 2 else {}
-    want_TO = linear(x_TI, kernel, implementation="reference", **options)
-    got_TO = linear(x_TI, kernel, implementation="cpu", **options)
-    np.testing.assert_allclose(got_TO, want_TO, atol=rtol * np.abs(want_TO).max(), rtol=0)
-    np.testing.assert_array_equal(linear(x_TI[:1], kernel, implementation="cpu", **options), got_TO[:1])
-    some_TO = linear(x_TI.at[-1].set(jnp.nan), kernel, jnp.int32(T - 1), implementation="cpu", **options)
+    scale, offset = (jnp.asarray(rng.standard_normal((*out, I // 32)), jnp.bfloat16) for _ in range(2))
+    kernel = jnp.asarray(rng.integers(-8, 8, (*out, I)), jnp.int4)
+    options = {"out_dtype": jnp.float32} | ({"activation": "silu"} if len(out) == 2 else {})
+    want_TO = linear(
+        x_TI.astype(jnp.float32),
+        kernel,
+        kernel_scale=scale,
+        kernel_offset=offset,
+        implementation="reference",
+        **options,
+    )
+    options |= {"kernel_scale": panels.pack(scale, width=1), "kernel_offset": panels.pack(offset, width=1)}
+    run = functools.partial(linear, in_panels=True, **options)
+    packed = panels.pack(kernel)
+    got_TO = run(x_TI, packed)
+    np.testing.assert_allclose(got_TO, want_TO, atol=2e-6 * np.abs(want_TO).max(), rtol=0)
+    unpacked_TO = run(x_TI.astype(jnp.float32), packed, implementation="reference")
+    np.testing.assert_array_equal(unpacked_TO, want_TO)
+    np.testing.assert_array_equal(run(x_TI[:1], packed), got_TO[:1])
+    some_TO = run(x_TI.at[-1].set(jnp.nan), packed, jnp.int32(T - 1))
     np.testing.assert_array_equal(some_TO[: T - 1], got_TO[: T - 1])
 
 
