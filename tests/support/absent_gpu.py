@@ -71,12 +71,13 @@ def assembler() -> str | None:
 def kernels(dump: pathlib.Path) -> list[Kernel]:
     """Assembles every kernel that was dumped."""
     found = []
-    for ptx in sorted(dump.glob("*.ptx")):
+    # Lowering and compiling count a process's kernels apart: names differ, orders do not.
+    in_order = lambda suffix: sorted(dump.glob(f"*{suffix}"), key=lambda path: int(re.findall(r"\d+", path.name)[0]))
+    for ptx, resources in zip(in_order(".ptx"), in_order(".resources.txt"), strict=True):
         command = [assembler(), "-arch=sm_90a", "-v", str(ptx), "-o", os.devnull]
         says = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         registers, *_ = map(int, re.findall(r"Used (\d+) registers", says))
         spilled = sum(map(int, re.findall(r"(\d+) bytes spill", says)))
-        resources = ptx.with_suffix(".resources.txt").read_text()
-        (shared,) = re.findall(r"smem_scratch_bytes=(\d+)", resources)
+        (shared,) = re.findall(r"smem_scratch_bytes=(\d+)", resources.read_text())
         found.append(Kernel(registers, spilled, int(shared)))
     return found
