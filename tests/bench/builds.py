@@ -2,7 +2,8 @@
 
 One row a step: the largest decode step of up to 64 rows, and the largest chunk. Memory is the executable's own
 analysis, of one device; collectives are counted in the optimised HLO, loops unrolled; floors are roofline estimates.
-The same builds are tests, which `make tpu` and `make gpu` run.
+The same builds are tests, which `make tpu` and `make gpu` run. Ends with 1 where a build was not compiled or none was
+named, for then the table is not whole.
 """
 
 import argparse
@@ -29,15 +30,18 @@ def main() -> int:
         f"{'build':26} {'step':15} {'weights':>8} {'pages':>7} {'in place':>8} {'temp.':>6} {'used':>7} "
         f"{'of':>7} {'floor':>8}  {'s':>4}  collectives a step"
     )
+    builds = [build for build in (*TPU, *GPU) if args.only in str(build)]
     with tempfile.TemporaryDirectory() as folder:
-        for build in (*TPU, *GPU):
-            if args.only in str(build):
-                table(build, Path(folder))
-    return 0
+        missing = [str(build) for build in builds if not table(build, Path(folder))]
+    if missing:
+        print(f"{len(missing)} of {len(builds)} builds were not compiled: {', '.join(missing)}", file=sys.stderr)
+    if not builds:
+        print(f"no build has {args.only!r} in its name", file=sys.stderr)
+    return 1 if missing or not builds else 0
 
 
-def table(build, folder: Path) -> None:
-    """Prints a build's rows; a compiler that is not installed costs its rows only."""
+def table(build, folder: Path) -> bool:
+    """Prints a build's rows; False where its compiler is not installed, which costs its rows only."""
     try:
         for step in measured(build, folder):
             step.check()
@@ -53,6 +57,8 @@ def table(build, folder: Path) -> None:
             )
     except ConfigError as error:
         print(f"{str(build):26} not compiled: {error}")
+        return False
+    return True
 
 
 if __name__ == "__main__":
