@@ -38,6 +38,7 @@ class Chip:
     flops: float
     clock: float | None = None
     kind: str = ""  # what JAX calls the device
+    platform: str = "tpu"
 
 
 CHIPS = {
@@ -45,7 +46,7 @@ CHIPS = {
     "v6e": Chip(1640e9, 918e12, 1.75e9, "TPU v6 lite"),
     "v5p": Chip(2765e9, 459e12, 1.75e9),
     "tpu7x": Chip(7380e9, 2307e12),
-    "H100": Chip(3350e9, 989e12),
+    "H100": Chip(3350e9, 989e12, platform="gpu"),
 }
 
 
@@ -62,20 +63,19 @@ class Case:
     B: int = 128
     dtype: str = "bfloat16"
 
-    @property
-    def cache_bytes(self):
+    def cache_bytes(self, platform):
+        """Of all rows' keys and values, as the platform pads them."""
         import jax.numpy as jnp
 
         from pallas_kernels.ragged_paged_attention import cache_shape
 
-        _, _, C, H = cache_shape(1, self.B, self.K, self.H, "tpu")
+        _, _, C, H = cache_shape(1, self.B, self.K, self.H, platform)
         return self.rows * self.length * C * H * jnp.dtype(self.dtype).itemsize
 
-    @property
-    def bytes(self):
+    def bytes(self, platform):
         """Each key and value once, the new ones once more into their pages, queries in and answers out."""
         tokens = self.rows * self.new
-        return self.cache_bytes * (1 + self.new / self.length) + 4 * tokens * self.N * self.H
+        return self.cache_bytes(platform) * (1 + self.new / self.length) + 4 * tokens * self.N * self.H
 
     @property
     def flops(self):
@@ -83,7 +83,7 @@ class Case:
         return 4 * self.rows * self.N * self.H * seen
 
     def floor(self, chip):
-        return max(self.bytes / chip.bandwidth, self.flops / chip.flops)
+        return max(self.bytes(chip.platform) / chip.bandwidth, self.flops / chip.flops)
 
     def shapes(self, num_pages=None, platform=None):
         import jax
@@ -154,11 +154,13 @@ def header():
 
 
 def shape_table(names):
-    print(f"{'case':32}{'MB':>10}{'GFLOP':>10}{'FLOP/B':>8}" + "".join(f"{chip + ' us':>10}" for chip in CHIPS))
+    columns = ("TPU MB", "GPU MB", "GFLOP", *(f"{chip} us" for chip in CHIPS))
+    print(f"{'case':32}" + "".join(f"{c:>10}" for c in columns))
     for name in names:
         case = CASES[name]
+        sizes = "".join(f"{case.bytes(platform) / 1e6:10.1f}" for platform in ("tpu", "gpu"))
         floors = "".join(f"{case.floor(chip) * 1e6:10.0f}" for chip in CHIPS.values())
-        print(f"{name:32}{case.bytes / 1e6:10.1f}{case.flops / 1e9:10.1f}{case.flops / case.bytes:8.1f}{floors}")
+        print(f"{name:32}{sizes}{case.flops / 1e9:10.1f}{floors}")
 
 
 def schedule_table(chip, names, dump):
@@ -197,7 +199,7 @@ def _schedule_row(chip, case, kernel, dump):
     schedule = absent_tpu.schedule(dump, "ragged_paged_attention" if kernel == "ours" else "ragged")
     sizes = _scoped_vmem(executable.as_text())
     block = _block_bundles(schedule, case, tokens) if kernel == "ours" else _largest_loop(schedule)
-    token_bytes = case.cache_bytes / case.rows / case.length
+    token_bytes = case.cache_bytes("tpu") / case.rows / case.length
     clock = CHIPS[chip].clock
     cells = (
         f"{seconds:10.1f}{sizes / 2**20:10.1f}{schedule.bundles:10}{schedule.uses['SPILL']:10}{tokens:10}{block:10}"
@@ -298,9 +300,10 @@ def time_table(names, runs):
     print(f"\nmeasured on {kind}: median of {runs} runs after one to warm up")
     print(f"{'case':32}{'us':>10}{'GB/s':>10}{'TFLOP/s':>10}")
     for name in names:
-        seconds = _measure(CASES[name], runs)
         case = CASES[name]
-        print(f"{name:32}{seconds * 1e6:10.0f}{case.bytes / seconds / 1e9:10.0f}{case.flops / seconds / 1e12:10.1f}")
+        seconds = _measure(case, runs)
+        speed, rate = case.bytes(_platform()) / seconds / 1e9, case.flops / seconds / 1e12
+        print(f"{name:32}{seconds * 1e6:10.0f}{speed:10.0f}{rate:10.1f}")
 
 
 def _measure(case, runs):
