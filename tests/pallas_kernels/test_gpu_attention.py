@@ -88,6 +88,8 @@ CONFIGS = {
         Shape(group=3, head_dim=64, page_size=32, num_columns=3, dtype="float16", cache_dtype="float16"),
         {},
     ),
+    "group 3, heads of 80": (dataclasses.replace(PLAIN, group=3, head_dim=80), {}),
+    "heads of 96": (dataclasses.replace(PLAIN, head_dim=96), {}),
     "one kv head of 256, page 64, window": (
         Shape(group=4, kv_heads=1, head_dim=256, page_size=64, num_columns=2, dtype="bfloat16", cache_dtype="bfloat16"),
         {"window": 20},
@@ -104,6 +106,22 @@ def test_matches_reference_in_every_flavour(shape, options):
 def test_long_rows_turn_the_ring(shape):
     args = kernel_batch.batch(shape, LONG_ROWS, gpu.cache_shape)
     assert_same(compiled(gpu, 2)(*args), compiled(reference)(*args), args)
+
+
+# Pages over the 64 tokens of a block of keys, each fetched by parts: (page size, rows).
+LARGE_PAGES = {
+    128: [(127, 1), (128, 1), (129, 1), (300, 1), (0, 0), (140, 20)],
+    256: [(256, 1), (257, 1), (0, 0), (300, 12), (270, 20)],
+}
+
+
+@pytest.mark.parametrize("page_size, rows", LARGE_PAGES.items(), ids=LARGE_PAGES)
+def test_large_pages(page_size, rows):
+    shape = dataclasses.replace(PLAIN, page_size=page_size, num_columns=3, num_pages=12, kv_heads=1)
+    args = kernel_batch.batch(shape, rows, gpu.cache_shape)
+    got = jax.jit(functools.partial(gpu.attend, scale=0.2, window=140, splits=2, interpret=INTERPRET))(*args)
+    expected = jax.jit(functools.partial(reference.attend, scale=0.2, window=140))(*args)
+    assert_same(got, expected, args)
 
 
 GATHERED = {

@@ -116,6 +116,23 @@ CONFIGS = {
 }
 
 
+# A page a fetch, folded by halves or more: (page size, rows).
+LARGE_PAGES = {
+    128: [(127, 1), (128, 1), (129, 1), (300, 1), (0, 0), (140, 20)],
+    256: [(256, 1), (257, 1), (0, 0), (300, 12), (270, 20)],
+}
+
+
+@pytest.mark.parametrize("page_size, rows", LARGE_PAGES.items(), ids=LARGE_PAGES)
+def test_large_pages(page_size, rows):
+    shape = Shape(page_size=page_size, num_columns=3, num_pages=12, kv_heads=1)
+    args = kernel_batch.batch(shape, rows, tpu.cache_shape)
+    sizes = {f"{case}_blocks": tpu_plan.Blocks(query, page_size, 64) for case, query in [("decode", 1), ("chunk", 16)]}
+    got = jax.jit(functools.partial(tpu.attend, scale=0.2, window=140, **sizes, interpret=INTERPRET))(*args)
+    expected = jax.jit(functools.partial(reference.attend, scale=0.2, window=140))(*args)
+    assert_same(got, expected, args, window=140)
+
+
 @pytest.mark.parametrize("shape, options", CONFIGS.values(), ids=CONFIGS)
 def test_matches_reference_in_every_flavour(shape, options):
     args = kernel_batch.batch(shape, MIXED, tpu.cache_shape)
