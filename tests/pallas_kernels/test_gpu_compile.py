@@ -24,11 +24,16 @@ CASES = {
     "heads of 256": (8, 4, 256, 32, "bfloat16", 64, True),
     "float16": (32, 8, 128, 32, "float16", 64, True),
     "fp8 pages": (32, 8, 128, 16, "float8_e4m3fn", 64, False),
+    "window, soft cap, sinks, large pages": (32, 8, 128, 256, "bfloat16", 1024, True),
+}
+OPTIONS = {
+    "window, soft cap, sinks, large pages": dict(window=1000, soft_cap=30.0, sinks_N=np.zeros(32, np.float32)),
 }
 
 
-@pytest.mark.parametrize("N, K, H, B, dtype, T, is_kernel", CASES.values(), ids=CASES)
-def test_attention_compiles_and_writes_pages_in_place(N, K, H, B, dtype, T, is_kernel, tmp_path):
+@pytest.mark.parametrize("name", CASES)
+def test_attention_compiles_and_writes_pages_in_place(name, tmp_path):
+    N, K, H, B, dtype, T, is_kernel = CASES[name]
     P, S, M = 256, 64, 64
     array = jax.ShapeDtypeStruct
     shapes = [
@@ -36,7 +41,7 @@ def test_attention_compiles_and_writes_pages_in_place(N, K, H, B, dtype, T, is_k
         array(cache_shape(P, B, K, H, "gpu"), jnp.dtype(dtype)),
         *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]),
     ]
-    step = functools.partial(ragged_paged_attention, scale=0.1)
+    step = functools.partial(ragged_paged_attention, scale=0.1, **OPTIONS.get(name, {}))
     executable, _ = absent_gpu.compile_for_h100(step, shapes, donate=(3,), dump=tmp_path)
     assert ("mosaic_gpu" in executable.as_text()) == is_kernel
     memory = executable.memory_analysis()

@@ -30,6 +30,10 @@ CASES = {
     "odd heads, small pages": dict(N=9, K=3, H=64, B=16, dtype="bfloat16", T=64),
     "int8 pages": dict(LLAMA_3_8B, dtype="int8", T=64),
     "fp8 pages": dict(LLAMA_3_8B, dtype="float8_e4m3fn", T=64),
+    "window, soft cap, sinks, large pages": dict(LLAMA_3_8B, B=256, T=512),
+}
+OPTIONS = {
+    "window, soft cap, sinks, large pages": dict(window=1000, soft_cap=30.0, sinks_N=np.zeros(32, np.float32)),
 }
 
 
@@ -43,10 +47,11 @@ def shapes(N, K, H, B, dtype, T, P=256, S=64, M=32):
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention_compiles_and_writes_pages_in_place(chip, case):
+@pytest.mark.parametrize("name", CASES)
+def test_attention_compiles_and_writes_pages_in_place(chip, name):
+    case = CASES[name]
     arrays = shapes(**case)
-    step = functools.partial(ragged_paged_attention, scale=0.1)
+    step = functools.partial(ragged_paged_attention, scale=0.1, **OPTIONS.get(name, {}))
     executable, _ = absent_tpu.compile_for(chip, step, arrays, donate=(3,))
     pages_bytes = int(np.prod(arrays[3].shape)) * arrays[3].dtype.itemsize
     memory = executable.memory_analysis()
