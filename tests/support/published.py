@@ -12,7 +12,8 @@ from runtime.buckets import Bucket
 from runtime.footprint import COLLECTIVES, Instruction
 
 HLO_NAMES = {"bfloat16": "bf16", "int8": "s8", "int4": "s4", "float32": "f32"}
-HALF_BYTES = {"s4": 1, "s8": 2, "bf16": 4, "f32": 8}  # of an element
+HLO_NAMES |= {"float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2"}
+HALF_BYTES = {"s4": 1, "s8": 2, "f8e4m3fn": 2, "f8e5m2": 2, "bf16": 4, "f32": 8}  # of an element
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -72,6 +73,8 @@ TPU = [
     Build("Llama-3-70B", "v6e-8"),
     Build("Qwen3-32B", "v5p-8"),
     Build("Llama-3-70B", "v5e-16"),  # four hosts
+    Build("Llama-3-8B", "v6e-1", {"kv_cache_dtype": "fp8"}),
+    Build("Llama-3-8B", "v5e-1", {"quantization": "int8"}),
     Build("Llama-3-8B", "v5e-1", {"quantization": "int4"}),
     Build("Llama-3-8B", "v6e-1", {"quantization": "int4"}),
 ]
@@ -117,7 +120,8 @@ class Step:
         assert found.aliased >= pages, f"{self.bucket}: {found.aliased:,} bytes are in place, and pages are {pages:,}"
         limit = (64 if self.bucket.is_decode else 256) * 10**6
         assert found.temporaries < limit, f"{self.bucket}: {found.temporaries:,} bytes of temporaries, over {limit:,}"
-        moved = found.moved(self.held())
+        # The tokens' hidden states, which some step has to bring together, may have the shape of a weight's part.
+        moved = found.moved(held for held in self.held() if sorted(held[1]) != sorted(self.hidden))
         assert not moved, f"{self.bucket} moves arrays as large as weights or pages: {_named(moved)}"
         kinds = {"all-reduce", "all-gather", "all-to-all"} if size > 1 else set()
         others = [i for i in found.instructions if i.op in COLLECTIVES and i.op not in kinds]
@@ -132,9 +136,13 @@ class Step:
     @property
     def sums(self) -> list[Instruction]:
         """All-reduces of the tokens' hidden states; what is sampled may travel by all-reduce too."""
-        hidden = (self.bucket.num_tokens, self.prepared.checkpoint.config.hidden_size)
         sums = (i for i in self.footprint.instructions if i.op == "all-reduce")
-        return [i for i in sums if i.arrays[0].shape == hidden]
+        return [i for i in sums if i.arrays[0].shape == self.hidden]
+
+    @property
+    def hidden(self) -> tuple[int, int]:
+        """The shape of the tokens' hidden states."""
+        return self.bucket.num_tokens, self.prepared.checkpoint.config.hidden_size
 
     def weights(self) -> list[tuple[str, tuple[int, ...]]]:
         """(HLO dtype, shape) of each matrix as a device holds it, all layers and one."""
