@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from typing import Any
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-# Instructions that move an array and compute nothing.
-MOVES = ("copy", "copy-start", "transpose")
+# Instructions that write an array, or a part of it, in another place and compute nothing; and those that do not even.
+MOVES = {"copy", "transpose", "slice", "dynamic-slice", "gather", "concatenate", "pad"}
+PASSIVE = {"parameter", "constant", "bitcast", "reshape", "get-tuple-element", "tuple", "convert"}
 BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
@@ -55,7 +56,8 @@ class Instruction:
     """One that matters: a collective or a move.
 
     Attributes:
-        op: its name, without -start.
+        op: its name, without -start; "fusion" is one of nothing but moves.
+        arrays: its results. What starts a copy has two: where it goes, and where it comes from.
         times: how often it runs in one call.
     """
 
@@ -110,19 +112,18 @@ class Footprint:
     def moved(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> list[Instruction]:
         """What is copied from main memory to main memory and is as large as one of these (HLO dtype, shape).
 
-        An array may be copied in another order of its axes; axes of one element do not count.
+        An array may be copied in another order of its axes, and be a part of another; axes of one element do not count.
         """
         alike = lambda dtype, shape: (dtype, tuple(sorted(side for side in shape if side > 1)))
         wanted = {alike(*shape) for shape in shapes}
-        moves = {move.removesuffix("-start") for move in MOVES}
-        # Of copy-start the result names where it goes and where it comes from; of others, where it goes.
         return [
-            found
-            for found in self.instructions
-            if found.op in moves
-            and all(array.is_main for array in found.arrays[:2] if array.shape)
-            and any(alike(array.dtype, array.shape) in wanted for array in found.arrays[:1])
+            move for move in self.moves() if any(alike(a.dtype, a.shape) in wanted for a in move.arrays if a.is_main)
         ]
+
+    def moves(self) -> list[Instruction]:
+        """What is copied from main memory to main memory."""
+        found = [found for found in self.instructions if found.op not in COLLECTIVES]
+        return [f for f in found if any(a.is_main for a in f.arrays) and (f.op != "copy" or _stays(f.arrays))]
 
     def gathered(self) -> list[Array]:
         """The results of all-gathers."""
@@ -136,6 +137,7 @@ def instructions(hlo: str) -> list[Instruction]:
     constants: dict[str, int] = {}
     limits: dict[str, int] = {}
     fused: set[str] = set()
+    contents: dict[str, set[str]] = collections.defaultdict(set)
     name = entry = ""
     for line in hlo.splitlines():
         if match := _COMPUTATION.match(line):
@@ -149,9 +151,14 @@ def instructions(hlo: str) -> list[Instruction]:
             limits[name] = constants[match[1]]
         if not (match := _INSTRUCTION.match(line)):
             continue
-        result, op = match[1], match[2]
-        if op in MOVES or op.removesuffix("-start") in COLLECTIVES:
-            found[name].append((op.removesuffix("-start"), _arrays(result)))
+        arrays, op = _arrays(match[1]), match[2].removesuffix("-start")
+        does = {op}
+        if op == "fusion":  # what it calls stands before it
+            does = set[str]().union(*(contents[callee] for callee, _ in _CALLED.findall(line)))
+        if any(array.shape for array in arrays):  # the others are indices
+            contents[name] |= does
+        if op in COLLECTIVES or (does & MOVES and does <= MOVES | PASSIVE):
+            found[name].append((op, arrays))
         turns: int | str = 1
         if op == "while":
             known, condition = _TURNS.search(line), _CONDITION.search(line)
@@ -175,6 +182,11 @@ def instructions(hlo: str) -> list[Instruction]:
         for op, arrays in listed
         if times[computation] and (computation not in fused or op in COLLECTIVES)
     ]
+
+
+def _stays(arrays) -> bool:
+    """Whether a copy goes from main memory to main memory: the context after these two has no shape."""
+    return all(array.is_main for array in arrays[:2] if array.shape)
 
 
 def _arrays(result: str) -> tuple[Array, ...]:

@@ -2,6 +2,8 @@
 
 import types
 
+import pytest
+
 from runtime.footprint import Footprint, instructions
 
 HLO = """HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (1, {}, may-alias) }
@@ -15,6 +17,26 @@ HLO = """HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (1, {}
 %fused (p: bf16[4,64]) -> bf16[64,4] {
   %p = bf16[4,64]{1,0} parameter(0)
   ROOT %inside = bf16[64,4]{1,0} transpose(%p), dimensions={1,0}
+}
+
+%moving (p: bf16[16,4,64], i: s32[]) -> bf16[64,4] {
+  %p = bf16[16,4,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %next = s32[] add(%i, %i)
+  %slice = bf16[1,4,64]{2,1,0} dynamic-slice(%p, %next, %i, %i), dynamic_slice_sizes={1,4,64}
+  ROOT %turned = bf16[64,4]{0,1} bitcast(%slice)
+}
+
+%doubling (p: bf16[16,4,64], i: s32[]) -> bf16[1,4,64] {
+  %p = bf16[16,4,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %slice.1 = bf16[1,4,64]{2,1,0} dynamic-slice(%p, %i, %i, %i), dynamic_slice_sizes={1,4,64}
+  ROOT %double = bf16[1,4,64]{2,1,0} add(%slice.1, %slice.1)
+}
+
+%nesting (p: bf16[64,4]) -> bf16[64,4] {
+  %p = bf16[64,4]{1,0} parameter(0)
+  ROOT %inner = bf16[64,4]{1,0} fusion(%p), kind=kLoop, calls=%fused
 }
 
 %layer (carry: (f32[8,16], s32[])) -> (f32[8,16], s32[]) {
@@ -40,7 +62,7 @@ HLO = """HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (1, {}
 ENTRY %main.9 (w: bf16[64,4], s: f32[8,16]) -> (f32[8,16]) {
   %w = bf16[64,4]{1,0} parameter(0)
   %copy.7 = bf16[64,4]{0,1:T(8,128)} copy(%w)
-  %fusion.1 = bf16[64,4]{1,0} fusion(%w), kind=kLoop, calls=%fused
+  %fusion.1 = bf16[64,4]{1,0:T(8,128)S(1)} fusion(%w), kind=kLoop, calls=%fused
   %steps = (f32[8,16]{1,0}) while(%start), condition=%more, body=%window
   ROOT %result = (f32[8,16]{1,0}) tuple(%g)
 }
@@ -77,6 +99,25 @@ def test_only_a_copy_within_main_memory_moves_an_array():
     assert not footprint().moved([("f32", (4, 64)), ("bf16", (64, 64))])
     between = [found for found in instructions(HLO) if found.op == "copy" and len(found.arrays) > 1]
     assert [found.times for found in between] == [32, 32]  # a fetch into the chip, and what left it again
+
+
+@pytest.mark.parametrize(
+    ("line", "op"),
+    [
+        ("bf16[64,4]{0,1} fusion(%all, %i), kind=kLoop, calls=%moving", "fusion"),
+        ("(bf16[64,4]{1,0:S(1)}, bf16[64,4]{1,0}) fusion(%all, %i), kind=kLoop, calls=%moving", "fusion"),
+        ("bf16[64,4]{1,0} fusion(%w), kind=kLoop, calls=%nesting", "fusion"),
+        ("bf16[1,4,64]{2,1,0} dynamic-slice(%all, %i, %i, %i), dynamic_slice_sizes={1,4,64}", "dynamic-slice"),
+        ("bf16[64,4]{1,0} slice(%all), slice={[0:64],[0:4]}", "slice"),
+        ("bf16[1,4,64]{2,1,0} fusion(%all, %i), kind=kLoop, calls=%doubling", None),  # computes what it writes
+        ("bf16[64,4]{0,1:S(1)} fusion(%all, %i), kind=kLoop, calls=%moving", None),  # a fetch
+        ("bf16[1,4,64]{2,1,0:S(1)} dynamic-slice(%all, %i, %i, %i), dynamic_slice_sizes={1,4,64}", None),
+    ],
+)
+def test_a_slice_that_is_written_and_a_fusion_of_moves_alone_move_an_array(line, op):
+    hlo = HLO.replace("%copy.7 = bf16[64,4]{0,1:T(8,128)} copy(%w)", f"%one = {line}")
+    moved = footprint(hlo).moved([("bf16", (4, 64))])
+    assert [(found.op, found.times) for found in moved] == ([(op, 1)] if op else [])
 
 
 def test_what_a_call_needs_beside_its_arguments():

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import math
 import re
 import time
 import types
@@ -17,11 +16,7 @@ from converters.fields import Fields
 from runtime import executables, machine, preparation
 from runtime.buckets import Bucket
 from runtime.config import EngineConfig
-
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-ITEM_BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "s64": 8, "u64": 8}
-MOVES = {"copy", "copy-start", "transpose", "slice", "dynamic-slice", "gather", "concatenate", "pad"}
-PASSIVE = {"parameter", "constant", "bitcast", "reshape", "get-tuple-element", "tuple", "convert"}
+from runtime.footprint import COLLECTIVES, Instruction, instructions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +38,10 @@ class Step:
     text: str
 
     @property
-    def large_copies(self) -> list[str]:
-        """Copies within the device's memory as large as a layer's pages or one of its matrices."""
-        return [line for size, line in copies(self.text) if size >= self.layer_bytes]
+    def large_copies(self) -> list[Instruction]:
+        """What is written to main memory only to be elsewhere, as large as a layer's pages or one of its matrices."""
+        found = [each for each in instructions(self.text) if each.op not in COLLECTIVES]
+        return [each for each in found if each.arrays[0].is_main and each.arrays[0].num_bytes >= self.layer_bytes]
 
     @property
     def num_kernels(self) -> int:
@@ -89,36 +85,6 @@ def _compile(prepared, bucket):
 
 def _bytes(shape) -> int:
     return int(np.prod(shape.shape)) * shape.dtype.itemsize
-
-
-def copies(text) -> list[tuple[int, str]]:
-    """(bytes, the line) of each instruction that does nothing but bring an array to another place in HBM.
-
-    What goes to a TPU's vector memory (`S(1)`) is a fetch, which no program can do without. Instructions inside of a
-    fusion have no place of their own; a fusion of nothing but moves is one.
-    """
-    computations, name = {}, ""
-    for line in text.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.-]+) .*\{$", line):
-            name = head.group(1)
-        match = re.match(r"\s*(?:ROOT )?%?\S+ = \(?(\w+)\[([\d,]*)\](\{[^}]*\})?.*? ([\w-]+)\(", line)
-        if match:
-            computations.setdefault(name, []).append((*match.groups(), line.strip()))
-    fused = {called for *_, line in sum(computations.values(), []) for called in _calls(line)}
-    found = []
-    for name, instructions in computations.items():
-        for dtype, sizes, layout, opcode, line in instructions if name not in fused else ():
-            opcodes = {opcode}
-            if opcode == "fusion":
-                opcodes = {inner[3] for called in _calls(line) for inner in computations.get(called, ())}
-            if opcodes & MOVES and opcodes <= MOVES | PASSIVE and "S(1)" not in (layout or ""):
-                size = math.prod(int(n) for n in sizes.split(",") if n) * ITEM_BYTES.get(dtype, 1)
-                found.append((size, line))
-    return found
-
-
-def _calls(line):
-    return re.findall(r"calls=%?([\w.-]+)", line) if " fusion(" in line else []
 
 
 def family(name, **changes):
