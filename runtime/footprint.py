@@ -157,6 +157,8 @@ def instructions(hlo: str) -> list[Instruction]:
             does = set[str]().union(*(contents[callee] for callee, _ in _CALLED.findall(line)))
         if any(array.shape for array in arrays):  # the others are indices
             contents[name] |= does
+        if match[2] == f"{op}-start" and op in MOVES - {"copy"}:  # names what it reads, what it writes, and a context
+            arrays = tuple(array for array in arrays if array.shape)[-1:]
         if op in COLLECTIVES or (does & MOVES and does <= MOVES | PASSIVE):
             found[name].append((op, arrays))
         turns: int | str = 1

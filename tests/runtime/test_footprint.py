@@ -110,6 +110,9 @@ def test_only_a_copy_within_main_memory_moves_an_array():
         ("bf16[1,4,64]{2,1,0} dynamic-slice(%all, %i, %i, %i), dynamic_slice_sizes={1,4,64}", "dynamic-slice"),
         ("bf16[64,4]{1,0} slice(%all), slice={[0:64],[0:4]}", "slice"),
         ("bf16[1,4,64]{2,1,0} fusion(%all, %i), kind=kLoop, calls=%doubling", None),  # computes what it writes
+        ("((bf16[128,4]{1,0}), bf16[64,4]{1,0}, s32[]{:S(2)}) slice-start(%all), slice={[0:64],[0:4]}", "slice"),
+        ("((bf16[128,4]{1,0}), bf16[64,4]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%all), slice={[0:64],[0:4]}", None),
+        ("((bf16[64,4]{1,0}), bf16[8,4]{1,0}, s32[]{:S(2)}) slice-start(%all), slice={[0:8],[0:4]}", None),
         ("bf16[64,4]{0,1:S(1)} fusion(%all, %i), kind=kLoop, calls=%moving", None),  # a fetch
         ("bf16[1,4,64]{2,1,0:S(1)} dynamic-slice(%all, %i, %i, %i), dynamic_slice_sizes={1,4,64}", None),
     ],
