@@ -26,7 +26,8 @@ def check(
         return None, "a kernel for this CPU, or XLA where it has none"
     plan = tpu_plan if platform == "tpu" else gpu_plan
     array = jax.ShapeDtypeStruct
-    q_TNH, k_TKH = (array((16, heads, head_dim), jnp.dtype(dtype)) for heads in (num_heads, num_kv_heads))
+    # As many tokens as the largest block of queries has.
+    q_TNH, k_TKH = (array((128, heads, head_dim), jnp.dtype(dtype)) for heads in (num_heads, num_kv_heads))
     cache_PBCH = array(plan.cache_shape(1, page_size, num_kv_heads, head_dim), jnp.dtype(cache_dtype))
     if platform == "tpu":
         table_SM = array((num_rows, num_columns), jnp.int32)

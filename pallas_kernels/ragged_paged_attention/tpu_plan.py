@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 
+import jax
 import jax.numpy as jnp
 
 LANES = 128
@@ -59,7 +60,7 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None) -> str | None:
     if N % K:
         return f"{N} query heads cannot share {K} kv heads evenly; use {max(1, N // K) * K} query heads"
     if H > MAX_HEAD_DIM:
-        return f"head_dim {H} is over the TPU kernel's {MAX_HEAD_DIM}; the nearest is {MAX_HEAD_DIM}"
+        return f"head_dim {H} is over the TPU kernel's {MAX_HEAD_DIM}, and a TPU has no other; use a GPU or a CPU"
     if jnp.dtype(cache_PBCH.dtype).name not in CACHE_DTYPES:
         return f"pages of {cache_PBCH.dtype} are not among {', '.join(CACHE_DTYPES)}; use bfloat16"
     if jnp.dtype(q_TNH.dtype).name not in ("bfloat16", "float32"):
@@ -84,7 +85,32 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None) -> str | None:
                 f"a page table of {S} rows x {M} pages of {B} tokens takes {needed:,} bytes of {limit:,} in scalar "
                 f"memory; use at most {' or '.join(choices)}"
             )
-    return None
+    return _vmem_refusal(q_TNH, k_TKH, cache_PBCH, 2**20 if page_table_SM is None else page_table_SM.shape[1])
+
+
+def _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns) -> str | None:
+    """Why the blocks by formula do not fit the vector memory, with the nearest shapes whose blocks do."""
+    (T, N, H), K, (P, B, _, _) = q_TNH.shape, k_TKH.shape[1], cache_PBCH.shape
+
+    def asked(kv_heads, cache_dtype):
+        arrays = (
+            jax.ShapeDtypeStruct((T, kv_heads * (N // K), H), q_TNH.dtype),
+            jax.ShapeDtypeStruct((T, kv_heads, H), k_TKH.dtype),
+            jax.ShapeDtypeStruct(cache_shape(P, B, kv_heads, H), cache_dtype),
+        )
+        return max(vmem_bytes(blocks(*arrays, num_columns, case), *arrays) for case in ("decode", "chunk"))
+
+    dtype = jnp.dtype(cache_PBCH.dtype)
+    needed = asked(K, dtype)
+    if needed <= VMEM_BYTES:
+        return None
+    most = next((n for n in range(K - 1, 0, -1) if asked(n, dtype) <= VMEM_BYTES), 0)
+    choices = [f"at most {most} kv heads a chip" if most else "fewer query heads a kv head"]
+    choices += ["pages of bfloat16"] if dtype.itemsize > 2 and asked(K, jnp.bfloat16) <= VMEM_BYTES else []
+    return (
+        f"{N} query and {K} kv heads of {H} with pages of {dtype} take {needed:,} bytes of {VMEM_BYTES:,} in vector "
+        f"memory; use {' or '.join(choices)}"
+    )
 
 
 def most_rows(num_columns) -> int:

@@ -33,7 +33,7 @@ def planned(platform, hf=None, **wishes):
     [
         ("tpu", {}, {"block_size": 48}, r"page size 48 is not one of .*; use 32"),
         ("gpu", {}, {"block_size": 8}, r"page size 8 is not one of .*; use 16"),
-        ("tpu", {"head_dim": 320}, {}, r"head_dim 320 is over the TPU kernel's 256; the nearest is 256"),
+        ("tpu", {"head_dim": 320}, {}, r"head_dim 320 is over the TPU kernel's 256, .* use a GPU or a CPU"),
         ("tpu", {}, {"kv_cache_dtype": "float16"}, r"pages of float16 .* use bfloat16"),
         (
             "tpu",
@@ -58,6 +58,23 @@ def test_the_choices_named_do_work(rows, max_model_len, page_size):
         "tpu", KINDS["tpu"], page_size=page_size, num_rows=rows, num_columns=columns, **model
     )
     assert reason is None and "Pallas" in attends
+
+
+@pytest.mark.parametrize(
+    "num_heads, dtype, cache_dtype, says",
+    [
+        (128, "bfloat16", "bfloat16", "134,217,728 bytes of 100,663,296 .* use at most 96 kv heads a chip$"),
+        (96, "bfloat16", "bfloat16", None),
+        (64, "float32", "float32", "use at most 56 kv heads a chip or pages of bfloat16$"),
+        (56, "float32", "float32", None),
+        (64, "float32", "bfloat16", None),
+    ],
+)
+def test_heads_that_overfill_vector_memory_are_refused(num_heads, dtype, cache_dtype, says):
+    heads = dict(num_heads=num_heads, num_kv_heads=num_heads, head_dim=256)
+    where = dict(page_size=128, num_rows=64, num_columns=32)
+    reason, _ = planning.check("tpu", KINDS["tpu"], dtype=dtype, cache_dtype=cache_dtype, **heads, **where)
+    assert reason is None if says is None else re.search(says, reason)
 
 
 def test_rows_follow_from_the_length_of_page_tables_unless_asked():
