@@ -69,7 +69,8 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
         jnp.dtype(dtype),
         stacked,
         quantization=method,
-        in_panels=platform == "cpu" and not stacked and sizes == (1, 1),
+        # XLA multiplies tokens of float16, and would turn panels back in every step.
+        in_panels=platform == "cpu" and not stacked and sizes == (1, 1) and jnp.dtype(dtype) != jnp.float16,
     )
     kv_dtype = kv_dtype_for(config, platform, dtype)
     specs = bind(graph, shapes).cache_specs()
@@ -92,6 +93,8 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
     programs = programs_for(graph, shapes, plan, caches, layout)
     facts = {"model": f"{checkpoint.model_class.__qualname__} {layout.config}"} | plan.compiled_fields
     facts["in panels"] = ",".join(sorted(graph.in_panels))
+    if platform == "cpu" and cpu.is_available():
+        facts["products"] = cpu.products()
     return Prepared(machine, checkpoint, plan, layout, shapes, graph.in_panels, caches, programs, facts)
 
 

@@ -20,6 +20,8 @@ from runtime.quantise import ROUNDINGS
 
 log = logging.getLogger(__name__)
 
+GROUPS = ("_scale", "_offset")  # of those in panels only int4 weights have any
+
 
 def on_devices(
     checkpoint: Checkpoint,
@@ -52,7 +54,9 @@ def on_devices(
     step = lambda done, total: progress("weights", done, total)
     whole = cache_dir and cache_dir / "weights" / _identity(checkpoint, plan)
     own = whole and kept_weights.of_this_process(whole, stored, places)
-    roomy = {name: shape for name, shape in stored.items() if shape.dtype != jnp.int4}  # whose two share a byte there
+    # Two of int4 share a byte only on the device, and their scales move once more: what they left would stay.
+    moves = {name for name in in_panels if name.endswith(GROUPS)}
+    roomy = {name: shape for name, shape in stored.items() if shape.dtype != jnp.int4 and name not in moves}
     rooms = huge_pages.rooms(roomy) if plan.platform == "cpu" and tensor is None else None
     restore = functools.partial(kept_weights.restore, shapes=stored, wheres=places, progress=step, rooms=rooms)
     with malloc.nothing_large_kept():
@@ -91,7 +95,7 @@ def _restored(folders, restore, agree):
 
 def _in_panels(name, array, room):
     """A CPU's weight in panels; where it stands when there is a room for it, which is where it lies."""
-    if name.endswith(("_scale", "_offset")):  # of int4
+    if name.endswith(GROUPS):
         return panels.pack(array, width=1)
     if room is None:
         return panels.pack(array)

@@ -50,6 +50,13 @@ def register():
     return pool
 
 
+def products() -> str:
+    """What the kernels multiply by on this CPU; programs that call them depend on it."""
+    from pallas_kernels.cpu import vectors
+
+    return f"{vectors.LANES} lanes, pairs {vectors.MULTIPLIES_PAIRS}, bytes {vectors.HAS_BYTE_DOT}"
+
+
 def blank(shape, dtype):
     """An array that takes memory only as it is written; for use while tracing, after `register`."""
     from pallas_kernels.cpu import untouched

@@ -283,28 +283,15 @@ def _chunk(job, chunk, thread):
 @_compiled
 def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
     """A chunk of a kernel in panels: outputs [o, o + outs) of tokens [token, token + rows), prepared at `panel`."""
-    inputs, outputs, gated = v.load_i64(job + INPUTS), v.load_i64(job + OUTPUTS), v.load_i64(job + GATED)
-    dtype = v.load_i64(job + KERNEL_DTYPE)
-    stride, y_stride = arrays.itemsize(dtype) * inputs, 4 * OUTS * (1 + gated)
-    x_stride, widening = _token_bytes(dtype) * inputs, _token_bytes(dtype) // arrays.itemsize(dtype)
-    num_tiles = panels.num_tiles(dtype, rows)
+    outputs, gated = v.load_i64(job + OUTPUTS), v.load_i64(job + GATED)
+    y_stride = 4 * OUTS * (1 + gated)
     for i in range(0, outs, OUTS):
         first = o + (outs - OUTS - i if backwards else i)
-        kernel = v.load_i64(job + KERNEL) + first * stride
-        if dtype == S4:
+        if v.load_i64(job + KERNEL_DTYPE) == S4:
             for half in range(1 + gated):
                 _multiply_groups(job, rows, first + half * outputs, panel, sums + 4 * OUTS * half, y_stride, backwards)
         else:
-            for k in range(0, stride, panels.DEPTH_BYTES):
-                count = min(panels.DEPTH_BYTES, stride - k)
-                for half in range(1 + gated):
-                    w = kernel + half * outputs * stride + k * OUTS
-                    # Tokens of many tiles pass by each panel many times: meanwhile comes the next.
-                    fetch, fetch_step = w + count * OUTS, 4 * OUTS // num_tiles
-                    if backwards and k + count == stride:
-                        fetch = w - k * OUTS - stride * OUTS
-                    x, y, more = panel + k * widening, sums + 4 * OUTS * half, min(k, 1)
-                    panels.multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
+            _multiply_words(job, rows, first, panel, sums, y_stride, backwards)
         for m in range(rows):
             y, out, row_scale = sums + m * y_stride, (token + m) * outputs + first, v.load_f32(scales + 4 * m)
             for i in range(0, OUTS, v.LANES):
@@ -312,8 +299,28 @@ def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
 
 
 @_compiled
+def _multiply_words(job, rows, first, panel, sums, y_stride, backwards):
+    """The sums of the panel whose first row is `first`, and of its other half's; not of int4."""
+    inputs, outputs, gated = v.load_i64(job + INPUTS), v.load_i64(job + OUTPUTS), v.load_i64(job + GATED)
+    dtype = v.load_i64(job + KERNEL_DTYPE)
+    stride, x_stride = arrays.itemsize(dtype) * inputs, _token_bytes(dtype) * inputs
+    kernel, widening = v.load_i64(job + KERNEL) + first * stride, _token_bytes(dtype) // arrays.itemsize(dtype)
+    fetch_step = 4 * OUTS // panels.num_tiles(dtype, rows)
+    for k in range(0, stride, panels.DEPTH_BYTES):
+        count = min(panels.DEPTH_BYTES, stride - k)
+        for half in range(1 + gated):
+            w = kernel + half * outputs * stride + k * OUTS
+            # Tokens of many tiles pass by each panel many times: meanwhile comes the next.
+            fetch = w + count * OUTS
+            if backwards and k + count == stride:
+                fetch = w - k * OUTS - stride * OUTS
+            x, y, more = panel + k * widening, sums + 4 * OUTS * half, min(k, 1)
+            panels.multiply(dtype, rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
+
+
+@_compiled
 def _multiply_groups(job, rows, first, panel, sums, y_stride, backwards):
-    """As `_multiply_panels` for one panel of an int4 kernel, whose first row is `first`, as far as its sums."""
+    """The sums of a panel of an int4 kernel, whose first row is `first`."""
     inputs = v.load_i64(job + INPUTS)
     kernel, group = v.load_i64(job + KERNEL) + first * inputs // 2, first * inputs // grouped.GROUP * 2
     scales, offsets = v.load_i64(job + SCALE) + group, v.load_i64(job + OFFSET) + group
@@ -416,6 +423,8 @@ def linear(
     absent = jnp.zeros((0,), jnp.float32)
     token_bytes = _token_bytes.py_func({jnp.int8: S8, jnp.bfloat16: BF16}.get(kernel.dtype.type))
     kernel_bytes = 0.5 if kernel.dtype == jnp.int4 else kernel.dtype.itemsize
+    if kernel.dtype == jnp.int4 and not (in_panels and supports_groups(x_TI, kernel_scale)):
+        raise ValueError(f"an int4 kernel is multiplied in panels, in groups of {grouped.GROUP} with bfloat16 scales")
     if in_panels:
         block_rows, block_outs = _blocks_of_panels(T, I, O, gated, kernel_bytes, token_bytes)
     else:

@@ -52,6 +52,6 @@ def _any_rows(tile, shapes):
 floats = _any_rows(tiles.outer_tile, [(6, 2), (4, 2), (3, 4), (2, 4), (1, 8)])
 # An element of b is a pair of bfloat16, and count is of pairs: of a, two float32.
 halves = _any_rows(tiles.outer_tile_halves, [(6, 2), (4, 2), (3, 4), (2, 4), (1, 4)])
-# So is an element of a. Never called where the CPU has no such product.
+# So is an element of a. Never called where the CPU has no such product, or a slow one.
 _pair_tile = functools.partial(tiles.outer_tile, pairs=True)
 pairs = _any_rows(_pair_tile, [(6, 4), (4, 4), (3, 4), (2, 4), (1, 4)]) if v.MULTIPLIES_PAIRS else halves

@@ -26,6 +26,7 @@ COLUMNS = {
     "panels bf16": ("cpu", jnp.bfloat16, True),
     "ours int8": ("cpu", jnp.int8),
     "panels int8": ("cpu", jnp.int8, True),
+    "panels int4": ("cpu", jnp.int4, True),
 }
 
 
@@ -47,18 +48,22 @@ def main():
 
 def cell(shape, tokens, layers, implementation, dtype, in_panels=False):
     kernels = weights(SHAPES[shape], layers, dtype)
-    x_TI = jnp.ones((tokens, SHAPES[shape][-1]), jnp.bfloat16 if dtype == jnp.int8 else dtype)
+    x_TI = jnp.ones((tokens, SHAPES[shape][-1]), jnp.bfloat16 if dtype in (jnp.int8, jnp.int4) else dtype)
     scale = jnp.ones(SHAPES[shape][:-1], jnp.float32) if dtype == jnp.int8 else None
+    offset = None
+    if dtype == jnp.int4:
+        scale = offset = jnp.ones((*SHAPES[shape][:-1], SHAPES[shape][-1] // 32), jnp.bfloat16)
     activation = "silu" if shape == "gate_up" else None
 
     @jax.jit
     def every_layer(x_TI, kernels):
         run = functools.partial(linear, activation=activation, implementation=implementation, in_panels=in_panels)
-        return sum(run(x_TI, kernel, kernel_scale=scale)[0, 0] for kernel in kernels)
+        return sum(run(x_TI, kernel, kernel_scale=scale, kernel_offset=offset)[0, 0] for kernel in kernels)
 
     seconds = best(lambda: every_layer(x_TI, kernels).block_until_ready())
     elements = sum(kernel.size for kernel in kernels)
-    bandwidth, rate = elements * jnp.dtype(dtype).itemsize / seconds / 1e9, 2 * elements * tokens / seconds / 1e9
+    itemsize = 0.5 if dtype == jnp.int4 else jnp.dtype(dtype).itemsize
+    bandwidth, rate = elements * itemsize / seconds / 1e9, 2 * elements * tokens / seconds / 1e9
     return f"{bandwidth:.1f} ({rate:.0f})"
 
 

@@ -196,7 +196,7 @@ def test_int4_kernels_are_their_steps_times_their_scales(T, I, J, out, dtype, at
 
 @needs_cpu_kernels
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("T, I, out", [(1, 32, (64,)), (15, 192, (2, 64)), (70, 1056, (192,))], ids=str)
+@pytest.mark.parametrize("T, I, out", [(1, 32, (64,)), (15, 1056, (2, 64)), (70, 192, (192,))], ids=str)
 def test_int4_cpu_kernel_matches_the_reference(T, I, out, dtype):
     x_TI, rng = random(T, I).astype(dtype), np.random.default_rng(1)
     scale, offset = (jnp.asarray(rng.standard_normal((*out, I // 32)), jnp.bfloat16) for _ in range(2))
@@ -211,7 +211,7 @@ def test_int4_cpu_kernel_matches_the_reference(T, I, out, dtype):
         **options,
     )
     options |= {"kernel_scale": panels.pack(scale, width=1), "kernel_offset": panels.pack(offset, width=1)}
-    run = functools.partial(linear, in_panels=True, **options)
+    run = functools.partial(linear, in_panels=True, implementation="cpu", **options)
     packed = panels.pack(kernel)
     got_TO = run(x_TI, packed)
     np.testing.assert_allclose(got_TO, want_TO, atol=2e-6 * np.abs(want_TO).max(), rtol=0)

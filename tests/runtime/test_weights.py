@@ -72,14 +72,17 @@ def check_split(fresh):
         assert len(fresh[4]["parts"][name]) == 4
 
 
-@pytest.mark.parametrize("has_large_pages", [True, False])
-def test_weights_come_in_panels_where_the_programs_expect_them(tmp_path, monkeypatch, has_large_pages):
+@pytest.mark.parametrize("has_large_pages, quantization", [(True, None), (False, None), (True, "int4")])
+def test_weights_come_in_panels_where_the_programs_expect_them(tmp_path, monkeypatch, has_large_pages, quantization):
     if not has_large_pages:
         monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE")
     folder = tiny.make_checkpoint("llama_tied", tmp_path / "model")
-    config, checkpoint = EngineConfig(model=str(folder), dtype="bfloat16", max_model_len=64), open_checkpoint(folder)
+    wishes = {"dtype": "bfloat16", "max_model_len": 64, "quantization": quantization}
+    config, checkpoint = EngineConfig(model=str(folder), **wishes), open_checkpoint(folder)
     prepared = prepare(config, checkpoint, machine.here())
-    names = frozenset({"embed.table", "layers.1.attn.qkv.kernel"})  # on machines that expect none, too
+    names = {"embed.table", "layers.1.attn.qkv.kernel"}  # on machines that expect none, too
+    groups = {"layers.1.attn.qkv.kernel_scale", "layers.1.attn.qkv.kernel_offset"} if quantization else set()
+    names = frozenset(names | groups)
 
     def found(in_panels, cache_dir):
         wheres = prepared.layout.shardings(prepared.shapes)
@@ -89,5 +92,6 @@ def test_weights_come_in_panels_where_the_programs_expect_them(tmp_path, monkeyp
     plain = found(frozenset(), None)
     for packed in (found(names, tmp_path / "cache"), found(names, tmp_path / "cache")):  # converted, and kept
         for name, array in packed.items():
-            want = panels.pack(plain[name]) if name in names else plain[name]
+            width = 1 if name in groups else None
+            want = panels.pack(plain[name], width) if name in names else plain[name]
             np.testing.assert_array_equal(np.asarray(array, np.float32), np.asarray(want, np.float32), name)
