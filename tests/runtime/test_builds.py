@@ -5,9 +5,10 @@ import sys
 import absent_gpu
 import absent_tpu
 import pytest
-from published import GPU, TPU, measured
+from published import GPU, TPU, measured, wrong_collectives
 
 from runtime.errors import ConfigError
+from runtime.footprint import Array, Instruction
 from tests.bench import builds
 
 
@@ -42,3 +43,39 @@ def test_a_table_that_lacks_a_build_says_so_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(builds, "measured", lambda build, folder: ())
     monkeypatch.setattr(sys, "argv", ["builds", "--only", "v5p"])
     assert builds.main() == 0
+
+
+def one(op, dtype, shape, times=1):
+    return Instruction(op, (Array(dtype, shape, True),), times)
+
+
+USUAL = [
+    one("all-reduce", "bf16", (64, 4096), 65),
+    one("all-reduce", "f32", (64,), 3),
+    one("all-gather", "s32", (2, 32, 20)),
+    one("all-gather", "f32", (32, 128256)),
+    one("all-to-all", "f32", (2, 32, 64128)),
+]
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        ([], ""),
+        ([one("all-reduce", "bf16", (64, 4096))], "66 sums of hidden states"),
+        ([one("all-reduce", "f32", (64,), 32)], "35 times all-reduce"),  # one a layer
+        ([one("all-reduce", "f32", (64, 14336))], "sums of more than a few numbers"),
+        ([one("all-to-all", "bf16", (64, 2048))], "2 times all-to-all"),
+        ([one("all-gather", "s32", (64,), 32)], "34 times all-gather"),
+        ([one("all-gather", "bf16", (4096, 4096))], "gathers as large as weights"),
+        ([one("all-gather", "f32", (4096, 4096))], "gathers as large as weights"),  # widened
+        ([one("all-gather", "s8", (64, 128256))], "gathers as large as weights"),  # a table, not scores
+        ([one("reduce-scatter", "bf16", (32, 4096))], "1 times reduce-scatter"),
+    ],
+)
+def test_collectives_that_no_step_should_have_are_named(more, wrong):
+    weights = [("bf16", (4096, 3072)), ("bf16", (2048, 2048))]
+    found = wrong_collectives([*USUAL, *more], 2, (64, 4096), 128256, 32, weights)
+    assert found.startswith(wrong) and bool(found) == bool(wrong)
+    assert wrong_collectives(USUAL, 1, (64, 4096), 128256, 32, weights)  # a device alone says nothing
+    assert not wrong_collectives([], 1, (64, 4096), 128256, 32, weights)

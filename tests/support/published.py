@@ -13,7 +13,6 @@ from runtime.footprint import COLLECTIVES, Instruction
 
 HLO_NAMES = {"bfloat16": "bf16", "int8": "s8", "int4": "s4", "float32": "f32"}
 HLO_NAMES |= {"float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2"}
-HALF_BYTES = {"s4": 1, "s8": 2, "f8e4m3fn": 2, "f8e5m2": 2, "bf16": 4, "f32": 8}  # of an element
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -123,21 +122,9 @@ class Step:
         # The tokens' hidden states, which some step has to bring together, may have the shape of a weight's part.
         moved = found.moved(held for held in self.held() if sorted(held[1]) != sorted(self.hidden))
         assert not moved, f"{self.bucket} moves arrays as large as weights or pages: {_named(moved)}"
-        kinds = {"all-reduce", "all-gather", "all-to-all"} if size > 1 else set()
-        others = [i for i in found.instructions if i.op in COLLECTIVES and i.op not in kinds]
-        assert not others, f"{self.bucket} has other collectives: {_named(others)}"
-        sums = sum(i.times for i in self.sums)
-        expected = 2 * config.num_layers + (plan.vocab_size % size == 0) if size > 1 else 0
-        assert sums == expected, f"{self.bucket}: {sums} sums of hidden states, not {expected}: {_named(self.sums)}"
-        dtypes, smallest = {dtype for dtype, _ in self.weights()}, min(map(_num_bytes, self.weights()))
-        gathered = [a for a in found.gathered() if a.dtype in dtypes and a.num_bytes >= smallest]  # scores are float32
-        assert not gathered, f"{self.bucket} gathers arrays as large as weights: {gathered}"
-
-    @property
-    def sums(self) -> list[Instruction]:
-        """All-reduces of the tokens' hidden states; what is sampled may travel by all-reduce too."""
-        sums = (i for i in self.footprint.instructions if i.op == "all-reduce")
-        return [i for i in sums if i.arrays[0].shape == self.hidden]
+        whole = plan.vocab_size, config.num_layers
+        wrong = wrong_collectives(found.instructions, size, self.hidden, *whole, self.weights())
+        assert not wrong, f"{self.bucket}: {wrong}"
 
     @property
     def hidden(self) -> tuple[int, int]:
@@ -162,12 +149,45 @@ class Step:
         return self.weights() + pages
 
 
+def wrong_collectives(instructions, size, hidden, vocab_size, num_layers, weights) -> str:
+    """What devices say to each other that no step should, or "".
+
+    A step has two sums of the tokens' hidden states a layer, and one if the token table is split. Beside these it tells
+    what was sampled, a few numbers a row, and brings the scores of a row together, some rows to each device. It gathers
+    nothing as large as a part of a weight, of whatever dtype: a weight may be rounded or widened first.
+
+    Args:
+        size: devices of a replica.
+        hidden: the shape of the hidden states.
+        weights: (HLO dtype, shape) of each as a device holds it.
+    """
+    is_split = size > 1 and vocab_size % size == 0
+    kinds = {kind: [i for i in instructions if i.op == kind] for kind in COLLECTIVES}
+    sums = [i for i in kinds["all-reduce"] if i.arrays[0].shape == hidden]
+    expected = 2 * num_layers + is_split if size > 1 else 0
+    if (count := sum(i.times for i in sums)) != expected:
+        return f"{count} sums of hidden states, not {expected}: {_named(sums)}"
+    kinds["all-reduce"] = [i for i in kinds["all-reduce"] if i not in sums]
+    for kind, listed in kinds.items():
+        most = {"all-reduce": 4, "all-gather": 8, "all-to-all": is_split}.get(kind, 0) if size > 1 else 0
+        if (count := sum(i.times for i in listed)) > most:
+            return f"{count} times {kind}, over {most:d}: {_named(listed)}"
+    if large := [i for i in kinds["all-reduce"] if _num_elements(i) > math.prod(hidden) // 16]:
+        return f"sums of more than a few numbers a row: {_named(large)}"
+    smallest = min(math.prod(shape) for _, shape in weights)
+    is_scores = lambda array: array.dtype == "f32" and array.shape[-1:] == (vocab_size,)
+    gathers = [i for i in kinds["all-gather"] if not all(map(is_scores, i.arrays))]
+    if large := [i for i in gathers if _num_elements(i) >= smallest]:
+        return f"gathers as large as weights: {_named(large)}"
+    return ""
+
+
 def _named(instructions) -> str:
     return ", ".join(f"{i.times} x {i.op} {i.arrays[0].dtype}{list(i.arrays[0].shape)}" for i in instructions)
 
 
-def _num_bytes(held):
-    return math.prod(held[1]) * HALF_BYTES[held[0]] // 2
+def _num_elements(instruction: Instruction) -> int:
+    return sum(math.prod(array.shape) for array in instruction.arrays)
 
 
 def measured(build: Build, folder: Path, rows: int = 64) -> Iterator[Step]:
