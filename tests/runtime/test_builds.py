@@ -69,6 +69,8 @@ USUAL = [
         ([one("all-gather", "s32", (64,), 32)], "34 times all-gather"),
         ([one("all-gather", "bf16", (4096, 4096))], "gathers as large as weights"),
         ([one("all-gather", "f32", (4096, 4096))], "gathers as large as weights"),  # widened
+        ([one("all-gather", "f32", (2, 64128, 32))], ""),  # scores
+        ([one("all-gather", "f32", (2, 64128, 4096))], "gathers as large as weights"),  # the table, widened
         ([one("all-gather", "s8", (64, 128256))], "gathers as large as weights"),  # a table, not scores
         ([one("reduce-scatter", "bf16", (32, 4096))], "1 times reduce-scatter"),
     ],

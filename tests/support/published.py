@@ -175,7 +175,9 @@ def wrong_collectives(instructions, size, hidden, vocab_size, num_layers, weight
     if large := [i for i in kinds["all-reduce"] if _num_elements(i) > math.prod(hidden) // 16]:
         return f"sums of more than a few numbers a row: {_named(large)}"
     smallest = min(math.prod(shape) for _, shape in weights)
-    is_scores = lambda array: array.dtype == "f32" and array.shape[-1:] == (vocab_size,)
+    # Scores of some rows: a split table, widened, has the same axis and as many rows as hidden states have numbers.
+    of_vocab, most = {vocab_size, vocab_size // size}, vocab_size * hidden[1] // 16
+    is_scores = lambda a: a.dtype == "f32" and of_vocab & {*a.shape} and math.prod(a.shape) <= most
     gathers = [i for i in kinds["all-gather"] if not all(map(is_scores, i.arrays))]
     if large := [i for i in gathers if _num_elements(i) >= smallest]:
         return f"gathers as large as weights: {_named(large)}"
