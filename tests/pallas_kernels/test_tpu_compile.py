@@ -117,10 +117,6 @@ def test_no_int4_weight_is_written_as_floats(chip, T):
     assert "int4_matmul" in executable.as_text()
 
 
-def large_copies(executable, least_bytes):
-    return [line for size, line in whole_step.copies(executable.as_text()) if size >= least_bytes]
-
-
 def num_bytes(array):
     return int(np.prod(array.shape)) * array.dtype.itemsize
 
@@ -143,7 +139,7 @@ def test_experts_are_multiplied_where_they_lie(chip, num_tokens, E, top, I, O):
     arrays = [array(shape, jnp.bfloat16) for shape in [(num_tokens * top, I), (E, O, I), (E, O, I), (E, I, O)]]
     executable, _ = absent_tpu.compile_for(chip, layer, [*arrays, array((E,), jnp.int32)])
     assert executable.as_text().count('custom_call_target="tpu_custom_call"') == 3
-    assert large_copies(executable, num_bytes(arrays[1]) // E) == []
+    assert whole_step.large_copies(executable.as_text(), num_bytes(arrays[1]) // E) == []
     # Two hidden layers and one answer, in float32.
     assert executable.memory_analysis().temp_size_in_bytes < 4 * num_tokens * top * (2 * O + I) + 2**20
 
@@ -170,7 +166,7 @@ def test_latent_attention_writes_pages_in_place(chip, num_tokens):
 
     executable, _ = absent_tpu.compile_for(chip, step, [*floats, cache, *integers], donate=(4,))
     assert executable.memory_analysis().alias_size_in_bytes >= num_bytes(cache)
-    assert large_copies(executable, num_bytes(cache) // layers) == []
+    assert whole_step.large_copies(executable.as_text(), num_bytes(cache) // layers) == []
 
 
 # channels of a layer, numbers of a channel's state
@@ -192,5 +188,5 @@ def test_selective_scan_updates_states_in_place(chip, num_tokens, max_q_len, C, 
     executable, _ = absent_tpu.compile_for(chip, step, arrays, donate=(6,))
     memory = executable.memory_analysis()
     assert memory.alias_size_in_bytes >= num_bytes(state)
-    assert large_copies(executable, 2**20) == []
+    assert whole_step.large_copies(executable.as_text(), 2**20) == []
     assert memory.temp_size_in_bytes < 2 * 2**20  # a state of one row is half a megabyte at most, all are 20 and more

@@ -39,9 +39,8 @@ class Step:
 
     @property
     def large_copies(self) -> list[Instruction]:
-        """What is written to main memory only to be elsewhere, as large as a layer's pages or one of its matrices."""
-        found = [each for each in instructions(self.text) if each.op not in COLLECTIVES]
-        return [each for each in found if each.arrays[0].is_main and each.arrays[0].num_bytes >= self.layer_bytes]
+        """Copies as large as a layer's pages or one of its matrices."""
+        return large_copies(self.text, self.layer_bytes)
 
     @property
     def num_kernels(self) -> int:
@@ -85,6 +84,12 @@ def _compile(prepared, bucket):
 
 def _bytes(shape) -> int:
     return int(np.prod(shape.shape)) * shape.dtype.itemsize
+
+
+def large_copies(text, least_bytes) -> list[Instruction]:
+    """What an optimised HLO writes to main memory only to be elsewhere, of so many bytes at least."""
+    found = [each for each in instructions(text) if each.op not in COLLECTIVES]
+    return [each for each in found if each.arrays[0].is_main and each.arrays[0].num_bytes >= least_bytes]
 
 
 def family(name, **changes):
