@@ -35,19 +35,43 @@ def register():
         The pool of threads; `num_threads` and `start` say and change how many work on each kernel. Programs
         traced before a change keep the number they were traced with as their upper limit.
     """
-    from pallas_kernels.cpu import attention, build, choosing, matmul, threads, untouched
+    from pallas_kernels.cpu import build, threads
 
+    build.compile_apart(f"from pallas_kernels import cpu; cpu.compile_share({share})" for share in range(len(_SHARES)))
     pool = threads.Pool(build.helper_entry())  # first: the kernels refer to it
-    build.chunk_function(matmul.chunk, matmul.CHUNK)
-    build.handler(matmul.handle, matmul.TARGET)
+    for define in _SHARES:
+        define(build)
+    pool.start(threads.available_threads())
+    return pool
+
+
+def compile_share(index: int) -> None:
+    """Compiles some of the kernels to the disk, in a process that does nothing else."""
+    from pallas_kernels.cpu import build, threads
+
+    threads.Pool(build.helper_entry())
+    _SHARES[index](build)
+
+
+def _define_attention(build) -> None:
+    from pallas_kernels.cpu import attention
+
     build.chunk_function(attention.write, attention.WRITE_CHUNK)
     build.chunk_function(attention.attend, attention.ATTEND_CHUNK)
     build.handler(attention.handle, attention.TARGET)
+
+
+def _define_others(build) -> None:
+    from pallas_kernels.cpu import choosing, matmul, untouched
+
+    build.chunk_function(matmul.chunk, matmul.CHUNK)
+    build.handler(matmul.handle, matmul.TARGET)
     build.chunk_function(choosing.chunk, choosing.CHUNK)
     build.handler(choosing.handle, choosing.TARGET)
     build.handler(untouched.handle, untouched.TARGET)
-    pool.start(threads.available_threads())
-    return pool
+
+
+_SHARES = _define_attention, _define_others  # these take about as long to compile
 
 
 def products() -> str:
