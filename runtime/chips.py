@@ -23,10 +23,11 @@ class Chip:
         name: as in a target, "v6e".
         kind: what JAX calls it, its device_kind.
         counts: {number in a target: topology} of one host; on TPUs as Google names slices.
-        slices: the same of several hosts, each of HOST chips.
         memory_bytes: usable, of one device.
         bandwidth: bytes a second between a device and its memory.
         flops: {operand's dtype: multiplications and additions a second}.
+        slices: as counts, of several hosts with HOST chips each.
+        options: what its compiler is told about every program.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Chip:
     bandwidth: float
     flops: dict[str, float]
     slices: dict[int, str] = dataclasses.field(default_factory=dict)
+    options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def topology(self, count: int) -> tuple[str, tuple[int, ...]]:
         """(name, chips of one host along each axis) of the topology of so many."""
@@ -74,6 +76,9 @@ CHIPS = {
         Chip(
             "tpu7x", "tpu", "TPU7x", {2: "1x1x1", 8: "2x2x1"},
             int(94.7 * GIB), 3690e9, {"bfloat16": 1153.5e12, "float8_e4m3fn": 2307e12}, CUBIC,
+            # Otherwise products want bfloat16 in tiles of 16 rows, and a program gets its arguments in tiles of 8: each
+            # dispatch would copy the weights first.
+            {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
         ),
         Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", GPUS, 80 * 10**9, 3350e9, {"bfloat16": 989e12, "int8": 1979e12}),
         Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", GPUS, 80 * 10**9, 2039e9, {"bfloat16": 312e12, "int8": 624e12}),

@@ -160,16 +160,4 @@ def compiled(program: Program, machine: Machine, devices: Sequence[Any]):
     """The executable of one program for these devices of a machine."""
     with machine.tracing(devices):
         lowered = (program.left_open or program.jitted).lower(*program.args)
-    return lowered.compile({**(compiler_options(machine.platform) or {}), **machine.options} or None)
-
-
-def compiler_options(platform: str) -> dict[str, str] | None:
-    """What XLA is told about a step for this platform.
-
-    On GPUs a step becomes one CUDA graph, its loops and conditions too: a loop outside of one asks the host in each
-    turn, which then cannot prepare the next step while this one runs (8B on an H100: 2 ms of each step).
-    """
-    if platform != "gpu":
-        return None
-    kinds = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    return {"xla_gpu_enable_command_buffer": kinds}
+    return lowered.compile({**machine.compiler_options, **machine.options} or None)

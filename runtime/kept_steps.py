@@ -49,6 +49,7 @@ def facts_of(of_engine: Mapping[str, str], machine: Machine, devices: Sequence[A
         "jaxlib": jaxlib.version.__version__,
         "compiler": _version(COMPILERS.get(kind)),
         "flags": " ".join(flags),
+        "options": " ".join(f"{name}={value}" for name, value in machine.compiler_options.items()),
         "libtpu flags": os.environ.get("LIBTPU_INIT_ARGS", "") if kind == "tpu" else "",
         "devices": f"{len(machine.devices)} x {kind}:{machine.devices[0].device_kind}",
         "used": " ".join(_place(device) for device in devices),

@@ -1,7 +1,9 @@
 """Compiled programs are kept as one set: all are restored, or all are compiled again."""
 
+import dataclasses
 import json
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -119,9 +121,6 @@ def test_facts_that_are_damaged_disturb_nobody(programs, tmp_path):
 
 def test_the_hosts_own_flags_and_processor_mean_nothing_to_another_device(monkeypatch):
     """A host without accelerators makes what one with them looks for."""
-    import dataclasses
-    import types
-
     tpus = [types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite", id=i, coords=(i, 0, 0)) for i in range(4)]
     there = dataclasses.replace(HERE, devices=tuple(tpus))
     monkeypatch.setenv("XLA_FLAGS", "")
@@ -135,3 +134,20 @@ def test_the_hosts_own_flags_and_processor_mean_nothing_to_another_device(monkey
     assert kept_steps.facts_of({"model": "m"}, elsewhere, tpus[:1]) != want
     monkeypatch.setenv("XLA_FLAGS", "--xla_tpu_enable_anything=true")
     assert kept_steps.facts_of({"model": "m"}, elsewhere, tpus[:2]) != want
+
+
+def test_a_kind_of_device_has_options_of_its_own_and_a_users_flags_come_first(monkeypatch):
+    def of_kind(kind):
+        device = types.SimpleNamespace(platform="tpu", device_kind=kind, id=0)
+        return dataclasses.replace(HERE, devices=(device,))
+
+    name = "xla_tpu_control_large_2nd_minor_layout_for_x16"
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    there = of_kind("TPU7x")
+    assert there.compiler_options == {name: "false"}
+    assert kept_steps.facts_of({}, there, there.devices)["options"] == f"{name}=false"
+    assert of_kind("TPU v6 lite").compiler_options == HERE.compiler_options == {}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--xla_tpu_one=2 --{name}=true")
+    assert there.compiler_options == {}
+    facts = kept_steps.facts_of({}, there, there.devices)
+    assert (facts["options"], facts["libtpu flags"]) == ("", f"--xla_tpu_one=2 --{name}=true")
