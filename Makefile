@@ -2,7 +2,8 @@
 #
 #   make serve     the demo model on port 8000; PORT= MODEL= and ARGS= change that
 #   make check     lint, format, types and the fast tests: what CI runs
-#   make test      the fast tests alone        make slow    those that take longer or need weights
+#   make test      the fast tests alone, some with libtpu (see make tpu) where it can be fetched
+#   make slow      the tests that take longer or need weights
 #   make fix       format and mend             make bench   the tables of tests/bench; BENCH=name for one
 #   make tpu       compiles kernels and steps for TPUs, with libtpu in a folder of its own; no TPU is needed
 #   make gpu       the same for an H100, with JAX's CUDA plugin; no GPU is needed
@@ -63,7 +64,9 @@ lint: $(READY)
 types: $(READY)
 	$(PY) -m pyright
 
+# The tests that compile for a TPU are skipped where its compiler is neither here nor to be had.
 test: $(READY)
+	@$(MAKE) -s .cache/tpu/.ready || echo "The TPU's compiler could not be fetched; make .cache/tpu/.ready tries again" >&2
 	$(PY) -m pytest -q -n $(WORKERS) $(ARGS)
 
 slow: $(READY)
@@ -82,8 +85,8 @@ builds: $(READY) .cache/tpu/.ready .cache/gpu/.ready
 # The releases that fit the installed JAX: of libtpu the one that it asks for, of the plugin its own.
 .cache/tpu/.ready: $(READY)
 	libtpu=$$($(PY) -c "import importlib.metadata as m; print(*(r for r in m.requires('jax') if 'libtpu' in r))") && \
-	  $(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target $(@D) "$${libtpu%%;*}"
-	@touch $@
+	  { [ "$$(cat $@ 2>/dev/null)" = "$$libtpu" ] || $(PY) -m pip install -q --disable-pip-version-check --no-deps \
+	  --upgrade --target $(@D) "$${libtpu%%;*}"; } && echo "$$libtpu" >$@
 
 .cache/gpu/.ready: $(READY)
 	jax=$$($(PY) -c "import jax; print(jax.__version__)") && $(PY) -m pip install -q --disable-pip-version-check \

@@ -5,7 +5,7 @@ import sys
 import absent_gpu
 import absent_tpu
 import pytest
-from published import GPU, TPU, measured, wrong_collectives
+from published import FAST, GPU, TPU, measured, wrong_collectives
 
 from runtime.errors import ConfigError
 from runtime.footprint import Array, Instruction
@@ -18,7 +18,7 @@ def cases(listed, mark, missing):
     return [pytest.param(build, marks=marks, id=str(build)) for build in listed]
 
 
-ON_TPU = cases(TPU, pytest.mark.tpu, absent_tpu.prepare())
+ON_TPU = cases(TPU + FAST, pytest.mark.tpu, absent_tpu.prepare())
 ON_GPU = cases(GPU, pytest.mark.gpu, absent_gpu.prepare())
 
 
@@ -29,18 +29,18 @@ def test_steps_fit_and_copy_neither_pages_nor_weights(build, tmp_path):
 
 
 def test_a_table_that_lacks_a_build_says_so_and_fails(monkeypatch, capsys):
-    def no_compiler(build, folder):
+    def no_compiler(*args):
         raise ConfigError("libtpu is not installed")
 
     monkeypatch.setattr(builds, "measured", no_compiler)
     monkeypatch.setattr(sys, "argv", ["builds", "--only", "v5p"])
     assert builds.main() == 1
     said = capsys.readouterr()
-    assert "not compiled: libtpu is not installed" in said.out
+    assert "Qwen3-32B on v5p-8 is not compiled: libtpu is not installed" in said.out
     assert "1 of 1 builds were not compiled: Qwen3-32B on v5p-8" in said.err
     monkeypatch.setattr(sys, "argv", ["builds", "--only", "v99"])
     assert builds.main() == 1 and "v99" in capsys.readouterr().err
-    monkeypatch.setattr(builds, "measured", lambda build, folder: ())
+    monkeypatch.setattr(builds, "measured", lambda *args: ())
     monkeypatch.setattr(sys, "argv", ["builds", "--only", "v5p"])
     assert builds.main() == 0
 

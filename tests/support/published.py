@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ LLAMA = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+ROWS = 64  # of the decode step that is measured beside the largest
 CONFIGS = {
     "Llama-3-8B": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
@@ -57,12 +57,14 @@ class Build:
     Attributes:
         options: fields of EngineConfig.
         written_slices: how many of a layer's matrices a chunk brings to another place before it multiplies by them.
+        has_chunk: whether a chunk is compiled too.
     """
 
     model: str
     target: str
     options: dict = dataclasses.field(default_factory=dict)
     written_slices: int = 0
+    has_chunk: bool = True
 
     def __str__(self):
         return " ".join([self.model, "on", self.target, *(str(value) for value in self.options.values())])
@@ -73,6 +75,7 @@ TPU = [
     Build("Llama-3-8B", "v6e-1"),
     Build("Llama-3-70B", "v6e-8"),
     Build("Qwen3-32B", "v5p-8"),
+    Build("Llama-3-8B", "tpu7x-2"),
     Build("Llama-3-70B", "v5e-16"),  # four hosts
     Build("Llama-3-8B", "v6e-1", {"kv_cache_dtype": "fp8"}),
     Build("Llama-3-8B", "v5e-1", {"quantization": "int8"}),
@@ -80,6 +83,9 @@ TPU = [
     Build("Llama-3-8B", "v6e-1", {"quantization": "int4"}, written_slices=1),  # int4[4096, 14336], in other tiles
 ]
 GPU = [Build("Llama-3-8B", target) for target in ("h100-1", "h100-2", "h100-4", "a100-1")]
+# For the fast tests: few rows and short chunks compile in seconds, and all else is as large.
+SMALL = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
+FAST = [Build("Llama-3-8B", "v6e-1", SMALL), Build("Llama-3-8B", "v5e-8", SMALL, has_chunk=False)]
 
 
 def write_config(model: str, folder: Path) -> Path:
@@ -110,7 +116,6 @@ class Step:
     prepared: Any
     bucket: Any
     footprint: Any
-    seconds: float
     written_slices: int
 
     def check(self) -> None:
@@ -120,8 +125,9 @@ class Step:
         used, pages = found.arguments + found.beside_arguments, plan.num_pages * plan.page_bytes // size
         assert used <= memory.total, f"{self.bucket} takes {used:,} bytes of {memory.total:,}"
         assert found.aliased >= pages, f"{self.bucket}: {found.aliased:,} bytes are in place, and pages are {pages:,}"
-        limit = (64 if self.bucket.is_decode else 256) * 10**6
-        assert found.temporaries < limit, f"{self.bucket}: {found.temporaries:,} bytes of temporaries, over {limit:,}"
+        assert found.temporaries < self.limit, (
+            f"{self.bucket}: {found.temporaries:,} bytes of temporaries, over {self.limit:,}"
+        )
         # The tokens' hidden states, which some step has to bring together, may have the shape of a weight's part.
         moved = found.moved(held for held in self.held() if sorted(held[1]) != sorted(self.hidden))
         known = 0 if self.bucket.is_decode else self.written_slices
@@ -130,6 +136,19 @@ class Step:
         whole = plan.vocab_size, config.num_layers
         wrong = wrong_collectives(found.instructions, size, self.hidden, *whole, self.weights())
         assert not wrong, f"{self.bucket}: {wrong}"
+
+    @property
+    def limit(self) -> int:
+        """Bytes of temporaries that a step may take on a device: 64 MB where up to 64 rows decode, 256 MB for a chunk.
+
+        Of more rows the scores alone are more, float32[rows, vocabulary]. Each is written once, since blocks of rows
+        would read the head's weights once each; on a mesh twice, before and after they change hands.
+        """
+        if not self.bucket.is_decode:
+            return 256 * 10**6
+        size = len(self.prepared.layout.devices)
+        scores = 4 * self.bucket.num_rows * self.prepared.plan.vocab_size // size * min(size, 2)
+        return max(64 * 10**6, scores + 31 * 10**6)
 
     @property
     def hidden(self) -> tuple[int, int]:
@@ -197,18 +216,25 @@ def _num_elements(instruction: Instruction) -> int:
     return sum(math.prod(array.shape) for array in instruction.arrays)
 
 
-def measured(build: Build, folder: Path, rows: int = 64) -> Iterator[Step]:
-    """The largest decode step of so many rows at most, and the largest chunk with weights as that step wants them."""
+def measured(build: Build, folder: Path, in_usual_layouts: bool = False) -> Iterator[Step]:
+    """The largest decode step, the largest of ROWS rows at most, and the largest chunk, in this order.
+
+    The first chooses how weights lie, as in an engine, unless they are to lie as arrays usually do.
+    """
     from runtime import formats
     from runtime.executables import compiled
     from runtime.footprint import Footprint
 
     found = prepared(build, folder)
     buckets = [key for key in found.programs if isinstance(key, Bucket)]
-    decode = max(b for b in buckets if b.is_decode and b.num_rows <= rows)
+    decodes = sorted(bucket for bucket in buckets if bucket.is_decode)
+    few = max(bucket for bucket in decodes if bucket.num_rows <= ROWS)
     layouts: formats.Layouts = {}
-    for bucket in (decode, max(b for b in buckets if not b.is_decode)):
-        start, program = time.perf_counter(), found.programs[bucket]
-        program = compiled(program.following(layouts) if layouts else program, found.machine, found.layout.devices)
-        layouts = formats.read_back(program) if found.programs[bucket].left_open else {}
-        yield Step(found, bucket, Footprint.of(program), time.perf_counter() - start, build.written_slices)
+    chunks = sorted(bucket for bucket in buckets if not bucket.is_decode)[-1:] if build.has_chunk else []
+    for bucket in dict.fromkeys([decodes[-1], few, *chunks]):
+        program = found.programs[bucket]
+        follows = layouts or in_usual_layouts
+        made = compiled(program.following(layouts) if follows else program, found.machine, found.layout.devices)
+        if program.left_open and not follows:
+            layouts = formats.read_back(made)
+        yield Step(found, bucket, Footprint.of(made), build.written_slices)
