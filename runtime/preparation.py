@@ -91,7 +91,8 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
     plan = _with_attention(plan, machine, layout.config.num_heads, specs)
     caches = cache_shapes(specs, plan)
     programs = programs_for(graph, shapes, plan, caches, layout)
-    facts = {"model": f"{checkpoint.model_class.__qualname__} {layout.config}"} | plan.compiled_fields
+    # The model's own config: what a mesh makes of it follows, and a start looks for what is kept of the same model.
+    facts = {"model": f"{checkpoint.model_class.__qualname__} {checkpoint.config}"} | plan.compiled_fields
     facts["in panels"] = ",".join(sorted(graph.in_panels))
     if platform == "cpu" and cpu.is_available():
         facts["products"] = cpu.products()

@@ -101,6 +101,7 @@ def test_weights_and_steps_of_a_mesh_are_kept_and_found_again():
     first, *others = run("llama", {}, [(1, 1), (2, 1), (2, 1), (1, 2), (1, 2)])
     assert all(other["answers"] == first["answers"] for other in others)
     assert [other["restored"] for other in others] == [False, True, False, True]
+    assert [bool(other["said"]) for other in (first, *others)] == [False, True, False, True, False]
     for number, tokens in others[0]["notebook"].items():
         assert tokens == first["answers"][number]
 
@@ -110,6 +111,8 @@ def test_weights_of_a_mesh_lie_as_its_decode_step_wants_them():
     meshes = [(1, 4), (1, 4), (2, 2)]
     alone, *others = run("llama", EIGHT_HEADS, [(1, 1), *meshes], turned=True)
     assert not any(alone["turned"]) and [other["restored"] for other in others] == [False, True, False]
+    (differs,) = others[0]["said"]
+    assert "kept differ in: " in differs and "tensor_parallel_size 1 (here 4), " in differs and "num_kv" not in differs
     for other in others:
         assert all(other["turned"]) and other["answers"] == alone["answers"] and other["compiled_later"] == 0
 

@@ -7,6 +7,7 @@ With the option "turned" weights of several devices lie as support/turned_layout
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import sys
@@ -71,7 +72,18 @@ def collectives(engine: Engine) -> dict:
     return kinds
 
 
+def messages() -> list[str]:
+    """What runtime.executables says from now on."""
+    found: list[str] = []
+    handler, log = logging.Handler(), logging.getLogger("runtime.executables")
+    handler.emit = lambda record: found.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    return found
+
+
 def main():
+    said = messages()
     family, changes, meshes, options = sys.argv[1], *map(json.loads, sys.argv[2:])
     turned = options.pop("turned", False)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +95,7 @@ def main():
             )  # fmt: skip
             if turned and replicas * size > 1:
                 turned_layouts.ask(setattr)
+            said.clear()
             engines = Engine.load_replicas(config)
             weights = {
                 name: [list(array.shape), list(array.sharding.shard_shape(array.shape))]
@@ -93,6 +106,7 @@ def main():
             are_turned = [turned_layouts.are_turned(engine.loaded.weights) for engine in engines]
             found = {
                 "turned": are_turned,
+                "said": list(said),
                 "answers": answers(engines),
                 "collectives": collectives(engines[0]),
                 "weights": weights,
