@@ -132,12 +132,48 @@ class Footprint:
 
 def instructions(hlo: str) -> list[Instruction]:
     """The collectives and moves of an optimised HLO module."""
-    found: dict[str, list[tuple[str, tuple]]] = collections.defaultdict(list)
+    found = []
+    contents: dict[str, set[str]] = collections.defaultdict(set)
+    for line in executed(hlo):
+        arrays, op = _arrays(line.result), line.op.removesuffix("-start")
+        does = {op}
+        if op == "fusion":  # what it calls stands before it
+            does = set[str]().union(*(contents[callee] for callee, _ in _CALLED.findall(line.text)))
+        if any(array.shape for array in arrays):  # the others are indices
+            contents[line.computation] |= does
+        if line.op == f"{op}-start" and op in MOVES - {"copy"}:  # names what it reads, what it writes, and a context
+            arrays = tuple(array for array in arrays if array.shape)[-1:]
+        # Inside of a fusion a copy is an index, and nothing is written.
+        is_move = does & MOVES and does <= MOVES | PASSIVE and not line.is_fused
+        if line.times and (op in COLLECTIVES or is_move):
+            found.append(Instruction(op, arrays, line.times))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One instruction as it is written.
+
+    Attributes:
+        times: how often it runs in one call.
+        is_fused: it is a part of another instruction.
+    """
+
+    text: str
+    result: str
+    op: str
+    computation: str
+    times: int
+    is_fused: bool
+
+
+def executed(hlo: str, unknown_turns: int = 1) -> list[Line]:
+    """All instructions of an optimised HLO module; loops of unknown length turn `unknown_turns` times."""
+    found: list[tuple[str, re.Match, str]] = []
     calls: dict[str, list[tuple[str, int | str]]] = collections.defaultdict(list)  # callee, and turns or its condition
     constants: dict[str, int] = {}
     limits: dict[str, int] = {}
     fused: set[str] = set()
-    contents: dict[str, set[str]] = collections.defaultdict(set)
     name = entry = ""
     for line in hlo.splitlines():
         if match := _COMPUTATION.match(line):
@@ -151,39 +187,25 @@ def instructions(hlo: str) -> list[Instruction]:
             limits[name] = constants[match[1]]
         if not (match := _INSTRUCTION.match(line)):
             continue
-        arrays, op = _arrays(match[1]), match[2].removesuffix("-start")
-        does = {op}
-        if op == "fusion":  # what it calls stands before it
-            does = set[str]().union(*(contents[callee] for callee, _ in _CALLED.findall(line)))
-        if any(array.shape for array in arrays):  # the others are indices
-            contents[name] |= does
-        if match[2] == f"{op}-start" and op in MOVES - {"copy"}:  # names what it reads, what it writes, and a context
-            arrays = tuple(array for array in arrays if array.shape)[-1:]
-        if op in COLLECTIVES or (does & MOVES and does <= MOVES | PASSIVE):
-            found[name].append((op, arrays))
+        found.append((line, match, name))
         turns: int | str = 1
-        if op == "while":
+        if match[2] == "while":
             known, condition = _TURNS.search(line), _CONDITION.search(line)
-            turns = int(known[1]) if known else condition[1] if condition else 1
+            turns = int(known[1]) if known else condition[1] if condition else unknown_turns
         for one, several in _CALLED.findall(line):
             for callee in [one] if one else re.findall(r"[\w.-]+", several):
                 calls[name].append((callee, turns))
-                if op == "fusion":
-                    fused.add(callee)  # inside of a fusion a copy is an index, and nothing is written
+                if match[2] == "fusion":
+                    fused.add(callee)
     times: dict[str, int] = collections.Counter()
 
     def visit(computation, count):
         times[computation] += count
         for callee, turns in calls[computation]:
-            visit(callee, count * (turns if isinstance(turns, int) else limits.get(turns, 1)))
+            visit(callee, count * (turns if isinstance(turns, int) else limits.get(turns, unknown_turns)))
 
     visit(entry, 1)
-    return [
-        Instruction(op, arrays, times[computation])
-        for computation, listed in found.items()
-        for op, arrays in listed
-        if times[computation] and (computation not in fused or op in COLLECTIVES)
-    ]
+    return [Line(line, match[1], match[2], name, times[name], name in fused) for line, match, name in found]
 
 
 def _stays(arrays) -> bool:
