@@ -130,11 +130,11 @@ class Footprint:
         return [array for found in self.instructions if found.op == "all-gather" for array in found.arrays]
 
 
-def instructions(hlo: str) -> list[Instruction]:
-    """The collectives and moves of an optimised HLO module."""
+def instructions(hlo: str, unknown_turns: int = 1) -> list[Instruction]:
+    """The collectives and moves of an optimised HLO module; loops of unknown length turn `unknown_turns` times."""
     found = []
     contents: dict[str, set[str]] = collections.defaultdict(set)
-    for line in executed(hlo):
+    for line in executed(hlo, unknown_turns):
         arrays, op = _arrays(line.result), line.op.removesuffix("-start")
         does = {op}
         if op == "fusion":  # what it calls stands before it

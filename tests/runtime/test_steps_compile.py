@@ -56,22 +56,25 @@ def test_steps_of_every_family(target, family):
     [
         on("v6e-1", "decode 32x32", {}),
         on("v6e-1", "mixed 512x32", {}),
+        on("v6e-1", "mixed 2048x32", {"max_num_batched_tokens": 2048}),
         on("v5e-1", "decode 32x32", {"quantization": "int8", "max_model_len": 4096}),
         on("v5e-4", "decode 32x32", {"tensor_parallel_size": 4}),
         on("h100-1", "decode 32x32", {}),
+        on("h100-1", "mixed 2048x32", {"max_num_batched_tokens": 2048}),
     ],
 )
 def test_steps_of_llama_3_8b(target, bucket, wishes):
     """All 32 layers and as many pages as the chip has room for; bfloat16 weights are 15 GiB, too much for one v5e.
 
     A decode's temporaries are the scores, float32[rows, vocabulary], and what sampling a few rows of them keeps.
+    With -s it prints the table of pallas_kernels/README.md.
     """
-    (step,) = whole_step.compile_steps(whole_step.LLAMA_3_8B, target, only=bucket, **LARGE, **wishes)
+    (step,) = whole_step.compile_steps(whole_step.LLAMA_3_8B, target, only=bucket, **LARGE | wishes)
     print(
         f"\n{target} {bucket} {wishes}: compiled in {step.seconds:.0f} s, pages {step.page_bytes / MIB:,.0f} MiB, "
         f"temporaries {step.temp_bytes / MIB:.1f} MiB"
     )
-    assert_lean(step, 32 if target == "h100-1" else 1)
+    assert_lean(step, 1 if target != "h100-1" else 32 if step.bucket.is_decode else 64)
     assert step.temp_bytes < (64 if step.bucket.is_decode else 256) * 10**6
 
 

@@ -1,6 +1,7 @@
 """Compiling for a TPU that is not there, with the real compiler (libtpu), on a machine that has none.
 
-`compile_for` gives the executable; with `dump` also the final schedule of a kernel, as loops and units in use.
+`compile_for` gives the executable; with `dump` also the final schedule of a kernel, as loops and units in use. What the
+compiler thinks that the rest takes, XLA's own instructions, is in the executable's text.
 """
 
 import dataclasses
@@ -32,6 +33,12 @@ def prepare(dump: pathlib.Path | None = None) -> str | None:
 
 def compile_for(chip, function, shapes, donate=()):
     """Lowers and compiles for one chip. Returns the executable and the seconds it took."""
+    start = time.perf_counter()
+    return traced(chip, function, shapes, donate).lower().compile(), time.perf_counter() - start
+
+
+def traced(chip, function, shapes, donate=()):
+    """jit(function).trace(...) for one chip."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -40,10 +47,45 @@ def compile_for(chip, function, shapes, donate=()):
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
-    start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        executable = jax.jit(function, donate_argnums=donate).lower(*args).compile()
-    return executable, time.perf_counter() - start
+        return jax.jit(function, donate_argnums=donate).trace(*args)
+
+
+def pallas_grids(jaxpr) -> list[tuple]:
+    """The grids of all Pallas calls inside; a side that is known at run time only is no int."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found.append(equation.params["grid_mapping"].grid)
+            continue
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else [value]:
+                part = getattr(part, "jaxpr", part)
+                found += pallas_grids(part) if hasattr(part, "eqns") else []
+    return found
+
+
+def pallas_names(hlo: str) -> list[str]:
+    """What the compiler calls the Pallas kernels of a program."""
+    return re.findall(r'^\s+(?:ROOT )?%?(\S+) = .*custom_call_target="tpu_custom_call"', hlo, re.MULTILINE)
+
+
+def scoped_vmem(hlo: str) -> int:
+    """Bytes of vector memory that the Pallas kernel which asks for most has to itself."""
+    sizes = re.findall(r'custom_call_target="tpu_custom_call".*?"memory_space":"1","offset":"\d+","size":"(\d+)"', hlo)
+    return max(map(int, sizes), default=0)
+
+
+def estimated_cycles(hlo: str, unknown_turns=1) -> int:
+    """Of XLA's own instructions by its cost model, loops unrolled; Pallas kernels have none.
+
+    Of a few small ones, as the running sum of experts' sizes, it says the largest number there is: they are left out.
+    """
+    from runtime.footprint import executed
+
+    found = [(re.search(r'"estimated_cycles":"(\d+)"', line.text), line) for line in executed(hlo, unknown_turns)]
+    cycles = [int(match[1]) * line.times for match, line in found if match and not line.is_fused]
+    return sum(count for count in cycles if count < 2**60)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +113,20 @@ class Schedule:
     loops: list[Loop]
 
 
+def bundle_files(dump: pathlib.Path, kernel: str = "") -> list[pathlib.Path]:
+    """Final programs of a kernel or, when it has no name, of all kernels and XLA's own; start and end are left out."""
+    return [
+        path
+        for path in dump.glob("*-final_bundles.txt")
+        if kernel in path.name and not re.match(r"\d+-(<|TLP)", path.name)
+    ]
+
+
 def schedule(dump: pathlib.Path, kernel: str) -> Schedule:
     """Reads the newest static schedule of a kernel from a dump folder. No stalls, no memory latency: a lower bound."""
-    files = [p for p in dump.glob(f"*{kernel}*final_bundles.txt") if "schedule-analysis" not in p.name]
-    newest = max(files, key=lambda p: p.stat().st_mtime)
+    newest = max(bundle_files(dump, kernel), key=lambda p: p.stat().st_mtime)
     bundles = [line for line in newest.read_text().splitlines() if re.match(r"\s*0x[0-9a-f]+", line)]
-    stem = newest.name.split("-", 1)[0]
-    (usage_file,) = dump.glob(f"{stem}-*{kernel}*final_hlo-static-per-bundle-utilization.txt")
-    rows = usage_file.read_text().split("== UTILIZATION:")[1].splitlines()
-    uses = [list(map(int, row.split())) for row in rows if re.fullmatch(r"\d+( \d+){9}", row.strip())]
+    uses = _uses(newest)
 
     def between(first, end):
         return dict(zip(UNITS, (sum(column) for column in zip(*uses[first:end], strict=True)), strict=True))
@@ -93,3 +140,17 @@ def schedule(dump: pathlib.Path, kernel: str) -> Schedule:
         Loop(first, end, bundles[first].split("{")[0].count(">"), between(first, end)) for first, end in sorted(spans)
     ]
     return Schedule(len(bundles), between(0, len(uses)), loops)
+
+
+def bundles_and_spills(dump: pathlib.Path) -> tuple[int, int]:
+    """Of all programs together, XLA's own among them, each counted once."""
+    found = [_uses(path) for path in bundle_files(dump)]
+    return sum(map(len, found)), sum(use[UNITS.index("SPILL")] for uses in found for use in uses)
+
+
+def _uses(bundles: pathlib.Path) -> list[list[int]]:
+    """Of each bundle, how many instructions each unit has."""
+    stem, name = re.match(r"(\d+)-(.*)-\d+-final_bundles.txt", bundles.name).groups()
+    (path,) = bundles.parent.glob(f"{stem}-{glob.escape(name)}-*final_hlo-static-per-bundle-utilization.txt")
+    rows = path.read_text().split("== UTILIZATION:")[1].splitlines()
+    return [list(map(int, row.split())) for row in rows if re.fullmatch(r"\d+( \d+){9}", row.strip())]
