@@ -92,6 +92,11 @@ def test_a_tpus_loops_tell_their_length_by_their_condition():
     assert footprint(ON_TPU).collectives() == {"all-reduce": 64 * 32, "all-gather": 32}  # both loops share one
 
 
+def test_a_loop_of_unknown_length_turns_as_often_as_is_said():
+    times = {found.op: found.times for found in instructions(HLO, unknown_turns=5) if found.op.startswith("all-")}
+    assert times == {"all-reduce": 32 * 5, "all-gather": 5}
+
+
 def test_only_a_copy_within_main_memory_moves_an_array():
     moved = footprint().moved([("bf16", (4, 64))])
     assert [(found.op, found.arrays[0].shape, found.times) for found in moved] == [("copy", (64, 4), 1)]
