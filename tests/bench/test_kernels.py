@@ -1,10 +1,12 @@
 """Floors of kernels count what each chip moves, times are of kernels alone, and schedules of what TPU compilers say."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
 
+import absent_gpu
 import absent_tpu
 import jax
 import jax.numpy as jnp
@@ -108,15 +110,22 @@ def test_every_kernel_is_timed(monkeypatch, capsys):
         kernels.time_table(TINY, 1)
 
 
-on_tpu = pytest.mark.skipif(bool(absent_tpu.prepare()), reason=str(absent_tpu.prepare()))
+def on(platform, mark, reason, *names):
+    """Cases that run where the platform's compiler is."""
+    marks = [mark, pytest.mark.skipif(bool(reason), reason=str(reason))]
+    return [pytest.param(platform, name, marks=marks, id=f"{platform} {name}") for name in names]
 
 
-@pytest.mark.tpu
-@on_tpu
-@pytest.mark.parametrize("name", ["8B decode, 64 x 1k", *kernel_cases.OTHERS])
-def test_a_timed_program_copies_no_array_on_a_tpu(name):
+@pytest.mark.parametrize(
+    "platform, name",
+    [
+        *on("tpu", pytest.mark.tpu, absent_tpu.prepare(), "8B decode, 64 x 1k", *kernel_cases.OTHERS),
+        *on("gpu", pytest.mark.gpu, absent_gpu.prepare(), "8B decode, 64 x 1k", "scan of Mamba-2.8B, 64 decodes"),
+    ],
+)
+def test_a_timed_program_copies_no_array(platform, name):
     """A time has nothing in it but the kernel: neither weights nor what is written is brought elsewhere first."""
-    case, shapes, num_turns = CASES[name], CASES[name].shapes("tpu"), 1000
+    case, shapes, num_turns = CASES[name], CASES[name].shapes(platform), 1000
     function, size, sets = case.function, len(shapes), 2
 
     def program(num_turns, *arrays):
@@ -124,7 +133,8 @@ def test_a_timed_program_copies_no_array_on_a_tpu(name):
         return kernel_timing.repeated(function, case.written, num_turns, cut)
 
     arguments = [jax.ShapeDtypeStruct((), jnp.int32), *shapes * sets]
-    executable, _ = absent_tpu.compile_for("v5e", program, arguments, donate=range(1, len(arguments)))
+    compiled = functools.partial(absent_tpu.compile_for, "v5e") if platform == "tpu" else absent_gpu.compile_for_h100
+    executable, _ = compiled(program, arguments, donate=range(1, len(arguments)))
     every, found = instructions(executable.as_text(), num_turns), Footprint.of(executable)
     in_loop = [move for move in dataclasses.replace(found, instructions=every).moves() if move.times >= num_turns]
     assert [move for move in in_loop if move.arrays[0].num_bytes >= 2**20] == []
@@ -132,7 +142,7 @@ def test_a_timed_program_copies_no_array_on_a_tpu(name):
 
 
 @pytest.mark.tpu
-@on_tpu
+@pytest.mark.skipif(bool(absent_tpu.prepare()), reason=str(absent_tpu.prepare()))
 def test_the_compilers_figures_of_a_kernel_of_each_kind():
     names = "8B decode, 64 x 1k", "heads of 64, decode", "int4 gate and up of 8B, 16", "scan of Mamba-2.8B, 64"
     command = [sys.executable, "-m", "tests.bench.kernels", "--schedule", "v5e", "tpu7x", "--case", *names]
