@@ -100,12 +100,9 @@ def reference(
     q_TNW = _widen(jnp.concatenate([q_latent_TNR, q_rope_TNH], axis=2), W).astype(jnp.float32)
 
     def fold_row(s, out_TNR):
-        entry_UW = cache_PBW.at[page_table_SM[s] + page_offset].get(mode="clip").reshape(-1, W)
-        position_U = jnp.arange(entry_UW.shape[0])
-        # Pages not in use may hold anything, and 0 times NaN is NaN.
-        entry_UW = jnp.where((position_U < kv_lens_S[s])[:, None], entry_UW.astype(jnp.float32), 0)
+        entry_UW = _read(cache_PBW, page_table_SM[s] + page_offset, kv_lens_S[s])
         logits_TNU = jnp.einsum("TNW,UW->TNU", q_TNW, entry_UW, precision="highest") * scale
-        seen_TU = position_U <= position_T[:, None]
+        seen_TU = jnp.arange(entry_UW.shape[0]) <= position_T[:, None]
         probs_TNU = jax.nn.softmax(jnp.where(seen_TU[:, None], logits_TNU, MASKED), axis=-1)
         row_TNR = jnp.einsum("TNU,UR->TNR", probs_TNU, entry_UW[:, :R], precision="highest")
         return jnp.where((live_T & (row_T == s))[:, None, None], row_TNR, out_TNR)
@@ -119,6 +116,13 @@ def _write(cache_PBW, new_TW, page_table_SM, row_T, position_T, live_T, page_off
     page_T = page_table_SM[row_T, jnp.clip(position_T // B, 0, page_table_SM.shape[1] - 1)] + page_offset
     page_T = jnp.where(live_T, page_T, P)  # past the end, hence dropped
     return cache_PBW.at[page_T, position_T % B].set(new_TW.astype(cache_PBW.dtype), mode="drop")
+
+
+def _read(cache_PBW, page_M, kv_len):
+    """A row's entries, float32, zeros past its length: pages not in use may hold anything, and 0 times NaN is NaN."""
+    entry_UW = cache_PBW.at[page_M].get(mode="clip").reshape(-1, cache_PBW.shape[2])
+    live_U = jnp.arange(entry_UW.shape[0]) < kv_len
+    return jnp.where(live_U[:, None], entry_UW.astype(jnp.float32), 0)
 
 
 def _widen(x, width):

@@ -31,7 +31,7 @@ def check(
     cache_PBCH = array(plan.cache_shape(1, page_size, num_kv_heads, head_dim), jnp.dtype(cache_dtype))
     if platform == "tpu":
         table_SM = array((num_rows, num_columns), jnp.int32)
-        return tpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, table_SM), "a Pallas kernel for TPUs"
+        return tpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, table_SM, device_kind), "a Pallas kernel for TPUs"
     reason = gpu_plan.kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
     if reason is None:
         return None, "a Mosaic kernel for Hopper GPUs"

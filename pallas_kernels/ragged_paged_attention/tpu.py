@@ -36,7 +36,7 @@ QUERY_GROUP = 16  # query tokens laid out at once; rows of a group start at a wh
 
 
 def supports(q_TNH, k_TKH, cache_PBCH) -> bool:
-    return refusal(q_TNH, k_TKH, cache_PBCH) is None
+    return refusal(q_TNH, k_TKH, cache_PBCH, device_kind=_device_kind()) is None
 
 
 def attend(
@@ -69,14 +69,14 @@ def attend(
     Raises:
         ValueError: the shapes or dtypes are not among those of `refusal`, which words the message.
     """
-    reason = refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM)
+    device_kind = _device_kind()
+    reason = refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM, device_kind)
     if reason:
         raise ValueError(reason)
     T, N, H = q_TNH.shape
     K = k_TKH.shape[1]
     _, _, C, cache_H = cache_PBCH.shape
     M = page_table_SM.shape[1]
-    device_kind = _device_kind()
     sizes = {
         "decode": decode_blocks or tpu_plan.blocks(q_TNH, k_TKH, cache_PBCH, M, "decode", device_kind),
         "chunk": chunk_blocks or tpu_plan.blocks(q_TNH, k_TKH, cache_PBCH, M, "chunk", device_kind),
@@ -104,7 +104,9 @@ def attend(
         ],
         # Queries and answers share memory: a padding token keeps its query, which is finite.
         input_output_aliases={6: 0, 8: 1},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_vmem_limit(sizes, q_TNH, k_TKH, cache_PBCH)),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=_vmem_limit(sizes, q_TNH, k_TKH, cache_PBCH, device_kind)
+        ),
         interpret=interpret,
         name="ragged_paged_attention",
     )(
@@ -135,10 +137,10 @@ def _device_kind() -> str:
     return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
 
 
-def _vmem_limit(sizes, q_TNH, k_TKH, cache_PBCH) -> int:
+def _vmem_limit(sizes, q_TNH, k_TKH, cache_PBCH, device_kind) -> int:
     """Twice what the kernel itself asks for: values that do not fit the registers spill to the same memory."""
     asked = max(tpu_plan.vmem_bytes(blocks, q_TNH, k_TKH, cache_PBCH) for blocks in sizes.values())
-    return min(tpu_plan.VMEM_BYTES, max(16 * 2**20, 2 * asked + 8 * 2**20))
+    return min(tpu_plan.vmem_limit(device_kind), max(16 * 2**20, 2 * asked + 8 * 2**20))
 
 
 def _kernel(

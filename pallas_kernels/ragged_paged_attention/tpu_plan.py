@@ -21,7 +21,8 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
 MAX_HEAD_DIM = 256
 TABLE_BYTES = 2**20 - 32 * 1024  # of the scalar memory of one core; page table and lengths live there
-VMEM_BYTES = 96 * 2**20  # of 128 MiB on v5e and v6e; the rest is the compiler's
+# Vector memory of a core: what its compiler says when it refuses more. What is not listed has that of v5e and v6e.
+VMEM_BYTES = {"TPU v4": 16 * 2**20, "TPU v5": 64 * 2**20, "TPU7x": 64 * 2**20}
 FETCH_BYTES = 2 * 2**20  # about 1.5 us at 1.6 TB/s, the latency that one fetch must hide
 TUNED_PATH = pathlib.Path(__file__).parents[1] / "tuned" / "ragged_paged_attention_tpu.json"
 
@@ -52,7 +53,12 @@ def padded_heads(num_kv_heads) -> int:
     return round_up(heads, 16) if heads > 16 else 1 << (heads - 1).bit_length()
 
 
-def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None) -> str | None:
+def vmem_limit(device_kind) -> int:
+    """Vector memory that the kernel may ask for: three quarters, as the rest is the compiler's."""
+    return VMEM_BYTES.get(device_kind, 128 * 2**20) * 3 // 4
+
+
+def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None, device_kind="") -> str | None:
     """Why the kernel cannot run these shapes and dtypes, with the nearest that it can; None when it can."""
     _, N, H = q_TNH.shape
     K = k_TKH.shape[1]
@@ -85,12 +91,14 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None) -> str | None:
                 f"a page table of {S} rows x {M} pages of {B} tokens takes {needed:,} bytes of {limit:,} in scalar "
                 f"memory; use at most {' or '.join(choices)}"
             )
-    return _vmem_refusal(q_TNH, k_TKH, cache_PBCH, 2**20 if page_table_SM is None else page_table_SM.shape[1])
+    num_columns = 2**20 if page_table_SM is None else page_table_SM.shape[1]
+    return _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns, device_kind)
 
 
-def _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns) -> str | None:
+def _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns, device_kind) -> str | None:
     """Why the blocks by formula do not fit the vector memory, with the nearest shapes whose blocks do."""
     (T, N, H), K, (P, B, _, _) = q_TNH.shape, k_TKH.shape[1], cache_PBCH.shape
+    limit = vmem_limit(device_kind)
 
     def asked(kv_heads, cache_dtype):
         arrays = (
@@ -98,17 +106,18 @@ def _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns) -> str | None:
             jax.ShapeDtypeStruct((T, kv_heads, H), k_TKH.dtype),
             jax.ShapeDtypeStruct(cache_shape(P, B, kv_heads, H), cache_dtype),
         )
-        return max(vmem_bytes(blocks(*arrays, num_columns, case), *arrays) for case in ("decode", "chunk"))
+        sizes = [blocks(*arrays, num_columns, case, device_kind) for case in ("decode", "chunk")]
+        return max(vmem_bytes(size, *arrays) for size in sizes)
 
     dtype = jnp.dtype(cache_PBCH.dtype)
     needed = asked(K, dtype)
-    if needed <= VMEM_BYTES:
+    if needed <= limit:
         return None
-    most = next((n for n in range(K - 1, 0, -1) if asked(n, dtype) <= VMEM_BYTES), 0)
+    most = next((n for n in range(K - 1, 0, -1) if asked(n, dtype) <= limit), 0)
     choices = [f"at most {most} kv heads a chip" if most else "fewer query heads a kv head"]
-    choices += ["pages of bfloat16"] if dtype.itemsize > 2 and asked(K, jnp.bfloat16) <= VMEM_BYTES else []
+    choices += ["pages of bfloat16"] if dtype.itemsize > 2 and asked(K, jnp.bfloat16) <= limit else []
     return (
-        f"{N} query and {K} kv heads of {H} with pages of {dtype} take {needed:,} bytes of {VMEM_BYTES:,} in vector "
+        f"{N} query and {K} kv heads of {H} with pages of {dtype} take {needed:,} bytes of {limit:,} in vector "
         f"memory; use {' or '.join(choices)}"
     )
 

@@ -56,3 +56,27 @@ def test_refusals_say_what_to_do():
         grouped_matmul(x, kernel, sizes, implementation="dense")
     with pytest.raises(ValueError, match="100 inputs .* pad the kernel to 128"):
         grouped_matmul(x[:, :100], kernel[:, :, :100], sizes, implementation="megablox")
+
+
+def a_row_late(sizes_E):
+    """Group sizes whose first boundary lies a row further on."""
+    return sizes_E.at[0].add(1).at[1].add(-1)
+
+
+ERRORS = {
+    "a row takes the expert before its own": lambda run: lambda x, kernel, sizes: run(x, kernel, a_row_late(sizes)),
+    "experts are rolled": lambda run: lambda x, kernel, sizes: run(x, jnp.roll(kernel, 1, axis=0), sizes),
+    "the last inputs are left out": lambda run: lambda x, kernel, sizes: run(x.at[:, -1].set(0), kernel, sizes),
+}
+
+
+@pytest.mark.parametrize("fault", ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox"])
+def test_planted_error_is_noticed(monkeypatch, implementation, fault):
+    run = module.IMPLEMENTATIONS[implementation]
+    run = functools.partial(run, interpret=True) if implementation == "megablox" else run
+    monkeypatch.setitem(module.IMPLEMENTATIONS, implementation, fault(run))
+    args, expected = batch(SIZES["even"])
+    got = grouped_matmul(*args, implementation=implementation)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(got, expected, atol=1e-5)

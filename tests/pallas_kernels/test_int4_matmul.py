@@ -59,3 +59,39 @@ def test_sums_are_rounded_once():
 def test_what_does_not_fill_lanes_is_left_to_the_reference(O, I, G, dtype):
     (x_TI, *rest), _ = a_product(4, O, I, G)
     assert not int4_matmul.supports(x_TI.astype(dtype), *rest[:2])
+
+
+FEW, MANY, MULTIPLY = int4_matmul._few, int4_matmul._many, int4_matmul.multiply
+ERRORS = {
+    "few: a group takes the scale after its own": (
+        3,
+        "_few",
+        lambda sums, x, kernel, scale, first, Q: FEW(sums, x, kernel, scale, first + 1, Q),
+    ),
+    "many: a group takes the scale after its own": (
+        70,
+        "_many",
+        lambda sums, x, kernel, scale, first, Q: MANY(sums, x, kernel, scale, first + 1, Q),
+    ),
+    "few: a row of lanes is left out": (
+        3,
+        "_few",
+        lambda sums, x, *rest: FEW(sums, x[:-1], *rest),
+    ),
+    "few: a block of inputs is counted twice": (3, "_few", lambda *args: (FEW(*args), FEW(*args))),
+    "many: a block of inputs is counted twice": (70, "_many", lambda *args: (MANY(*args), MANY(*args))),
+    "offsets are left out": (
+        3,
+        "multiply",
+        lambda x, kernel, scale, offset, **options: MULTIPLY(x, kernel, scale, 0 * offset, **options),
+    ),
+}
+
+
+@pytest.mark.parametrize("T, name, fault", ERRORS.values(), ids=ERRORS)
+def test_planted_error_is_noticed(monkeypatch, T, name, fault):
+    arguments, want = a_product(T, 128, 384, 32)
+    monkeypatch.setattr(int4_matmul, name, fault)
+    got = int4_matmul.multiply(*arguments, interpret=True)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(got, want, atol=5e-3 * np.abs(want).max(), rtol=0)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import latent_attention as module
 from pallas_kernels.latent_attention import cache_shape, latent_attention
 
 N, R, H, B = 3, 8, 4, 4
@@ -63,13 +64,18 @@ def decompressed(entries, queries, scale):
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_matches_dense_attention(rows, platform):
     args, entries, queries = batch(rows, platform)
-    out, cache = attend(*args)
+    assert_right(*attend(*args), args, entries, queries)
+
+
+def assert_right(out, cache, args, entries, queries):
     expected = decompressed(entries, queries, 0.3)
     np.testing.assert_allclose(out[: len(expected)], expected, atol=1e-5)
     assert not np.asarray(out[len(expected) :]).any()
     for s, row in enumerate(entries):
         for position, entry in enumerate(row):
             np.testing.assert_array_equal(cache[args[6][s, position // B], position % B, : R + H], entry)
+    written = sum(len(row) for row in entries)
+    assert np.isfinite(cache[..., 0]).sum() == written
 
 
 def test_absorbed_queries_equal_decompressed_keys():
@@ -107,3 +113,37 @@ def test_refusals_say_what_to_do():
         latent_attention(*args[:4], args[4][..., :8], *args[5:], scale=1)
     with pytest.raises(ValueError, match="choose one of"):
         latent_attention(*args, scale=1, implementation="fast")
+
+
+READ, WRITE, LOCATE = module._read, module._write, module.locate
+
+
+def to_another_row(*args):
+    row_T, position_T, live_T = LOCATE(*args)
+    return jnp.maximum(row_T - 1, 0), position_T, live_T
+
+
+ERRORS = {
+    "a length is one short": ("_read", lambda cache, page_M, kv_len: READ(cache, page_M, kv_len - 1)),
+    "the page before is read": ("_read", lambda cache, page_M, kv_len: READ(cache, jnp.roll(page_M, 1), kv_len)),
+    "a stale tail is not blanked": ("_read", lambda cache, page_M, kv_len: READ(cache, page_M, kv_len + B)),
+    "a query sees the key after it": (
+        "locate",
+        lambda *args: (lambda row_T, position_T, live_T: (row_T, position_T + 1, live_T))(*LOCATE(*args)),
+    ),
+    "a token goes to another row": ("locate", to_another_row),
+    "padding is written": (
+        "_write",
+        lambda *args: WRITE(*args[:5], jnp.ones_like(args[5]), args[6]),
+    ),
+    "a layer writes another's pages": ("_write", lambda *args: WRITE(*args[:6], args[6] + 1)),
+}
+
+
+@pytest.mark.parametrize("name, fault", ERRORS.values(), ids=ERRORS)
+def test_planted_error_is_noticed(monkeypatch, name, fault):
+    args, entries, queries = batch([(3, 1), (9, 1), (8, 4), (9, 3), (5, 2)])
+    monkeypatch.setattr(module, name, fault)
+    answer = latent_attention(*args, scale=0.3)
+    with pytest.raises(AssertionError):
+        assert_right(*answer, args, entries, queries)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import selective_scan as module
 from pallas_kernels.selective_scan import selective_scan
 
 C, N = 5, 3
@@ -44,7 +45,10 @@ def looped(x_TC, dt_TC, a_NC, b_TN, c_TN, skip_C, state_SNC, cu_S1, num_rows):
 @pytest.mark.parametrize("implementation", ["reference", "blocks"])
 def test_matches_loops(lengths, implementation):
     args = batch(lengths)
-    y_TC, state_SNC = scan(*arrays(args), implementation=implementation)
+    assert_right(*scan(*arrays(args), implementation=implementation), args)
+
+
+def assert_right(y_TC, state_SNC, args):
     expected_y, expected_state = looped(*args)
     np.testing.assert_allclose(y_TC, expected_y, atol=1e-5)
     np.testing.assert_allclose(state_SNC, expected_state, atol=1e-5)
@@ -75,10 +79,7 @@ def test_a_prompt_in_two_steps_is_the_prompt_at_once(implementation):
 @pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [1, 0, 1], [0, 0], [1]], ids=str)
 def test_one_token_a_row_is_one_update(lengths):
     args = batch(lengths)
-    y_TC, state_SNC = scan(*arrays(args), max_q_len=1)
-    expected_y, expected_state = looped(*args)
-    np.testing.assert_allclose(y_TC, expected_y, atol=1e-5)
-    np.testing.assert_allclose(state_SNC, expected_state, atol=1e-5)
+    assert_right(*scan(*arrays(args), max_q_len=1), args)
 
 
 def test_refusals_say_what_to_do():
@@ -89,3 +90,64 @@ def test_refusals_say_what_to_do():
         selective_scan(*args, implementation="fast")
     with pytest.raises(ValueError, match="one token a row, and max_q_len is None; choose blocks"):
         selective_scan(*args, implementation="update")
+
+
+BLOCKED, ROWS, FLOWS = module._blocked, module._rows, module._decay_and_inflow
+
+
+def with_first_tokens(change):
+    """What says which tokens go on from their rows' old states, changed."""
+    return lambda x, fill=0: change(BLOCKED(x, fill)) if x.dtype == bool else BLOCKED(x, fill)
+
+
+def with_ends(change):
+    """What says where states of rows' last tokens go, changed."""
+    return lambda x, fill=0: change(BLOCKED(x, fill)) if fill else BLOCKED(x, fill)
+
+
+def all_live(*args):
+    row_T, live_T = ROWS(*args)
+    return row_T, jnp.ones_like(live_T)
+
+
+ERRORS = {
+    "a row goes on from the state of the row before": (
+        "blocks",
+        "_blocked",
+        with_first_tokens(lambda is_first: is_first.at[1:].set(False)),
+    ),
+    "a state is lost between two blocks": (
+        "blocks",
+        "_blocked",
+        with_first_tokens(lambda is_first: is_first.at[:, 0].set(True)),
+    ),
+    "a state goes to the row after": ("blocks", "_blocked", with_ends(lambda end: end + 1)),
+    "a state is not kept when its row ends with a block": (
+        "blocks",
+        "_blocked",
+        with_ends(lambda end: end.at[:, -1].set(99)),
+    ),
+    "padding is answered, blocks": ("blocks", "_rows", all_live),
+    "padding is answered, update": ("update", "_rows", all_live),
+    "a state does not decay, blocks": (
+        "blocks",
+        "_decay_and_inflow",
+        lambda *args: (1.0 + 0 * FLOWS(*args)[0], FLOWS(*args)[1]),
+    ),
+    "a state does not decay, update": (
+        "update",
+        "_decay_and_inflow",
+        lambda *args: (1.0 + 0 * FLOWS(*args)[0], FLOWS(*args)[1]),
+    ),
+}
+
+
+@pytest.mark.parametrize("implementation, name, fault", ERRORS.values(), ids=ERRORS)
+def test_planted_error_is_noticed(monkeypatch, implementation, name, fault):
+    args = batch([1, 0, 1] if implementation == "update" else [5, 3, 10], T=20)
+    monkeypatch.setattr(module, name, fault)
+    answer = selective_scan(
+        *arrays(args), implementation=implementation, max_q_len=1 if implementation == "update" else None
+    )
+    with pytest.raises(AssertionError):
+        assert_right(*answer, args)

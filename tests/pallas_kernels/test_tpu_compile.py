@@ -60,6 +60,13 @@ def test_attention_compiles_and_writes_pages_in_place(chip, name):
     assert memory.temp_size_in_bytes < 2**20 + 4 * case["T"] * 32 * 256
 
 
+@pytest.mark.parametrize("chip, kv_heads", [("v5e", 96), ("v5p", 48), ("v6e", 96), ("tpu7x", 48)])
+@pytest.mark.parametrize("T", [64, 512], ids=["decode", "chunk"])
+def test_the_most_heads_that_are_taken_fit_vector_memory(chip, kv_heads, T):
+    arrays = shapes(N=kv_heads, K=kv_heads, H=256, B=128, dtype="bfloat16", T=T)
+    absent_tpu.compile_for(chip, functools.partial(ragged_paged_attention, scale=0.1), arrays, donate=(3,))
+
+
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize("columns", [1024, 8192])
 def test_the_longest_page_table_that_is_taken_fits_scalar_memory(chip, columns):

@@ -77,6 +77,16 @@ def test_heads_that_overfill_vector_memory_are_refused(num_heads, dtype, cache_d
     assert reason is None if says is None else re.search(says, reason)
 
 
+@pytest.mark.parametrize(
+    "kind, most", [("TPU v4", 5), ("TPU v5 lite", 96), ("TPU v5", 48), ("TPU v6 lite", 96), ("TPU7x", 48)]
+)
+def test_vector_memory_is_the_chips_own(kind, most):
+    usual = dict(head_dim=256, page_size=128, num_rows=64, num_columns=32, dtype="bfloat16", cache_dtype="bfloat16")
+    check = lambda heads: planning.check("tpu", kind, num_heads=heads, num_kv_heads=heads, **usual)[0]
+    assert check(most) is None
+    assert re.search(f"use at most {most} kv heads a chip$", check(128))
+
+
 def test_rows_follow_from_the_length_of_page_tables_unless_asked():
     numbers = dict(memory=Memory(64 * GIB, 64 * GIB), vocab_size=1000, weight_bytes=1, token_bytes=1000)
     plan = lambda length, **wishes: settle(

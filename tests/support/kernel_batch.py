@@ -10,6 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 OUTSIDE = 2**20  # a page id that no pool has
+MIXED = [
+    (7, 1),
+    (50, 1),
+    (30, 12),
+    (0, 0),
+    (31, 31),
+]  # decodes, chunks, an empty row: (tokens in the cache, of which new)
+LONG = [(397, 1), (512, 1), (290, 3)]  # in a batch of `long_shape`
+SHARING = [(40, 1), (49, 1), (60, 20), (48, 16)]  # with two pages of a prefix in common
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +35,20 @@ class Shape:
     head_dim: int = 128
     dtype: str = "float32"
     cache_dtype: str = "float32"
+
+
+def long_shape(dtype, head_dim) -> Shape:
+    return Shape(
+        num_tokens=16,
+        num_rows=4,
+        num_columns=8,
+        num_pages=24,
+        page_size=64,
+        kv_heads=1,
+        head_dim=head_dim,
+        dtype=dtype,
+        cache_dtype=dtype,
+    )
 
 
 def batch(shape: Shape, rows, cache_shape, *, seed=0, share=0):
@@ -81,17 +104,35 @@ def _table(shape, rows, rng, share):
 
 
 def random_rows(shape: Shape, seed):
-    """Some decodes, then some chunks, empty ones among them, within the shape's tokens, rows and columns."""
+    """Some decodes, then some chunks, empty ones among them, within the shape's tokens, rows and columns.
+
+    Of four lengths one fills its last page, and one is a token longer than whole pages.
+    """
     rng = np.random.default_rng(seed)
-    longest = min(shape.num_columns, shape.num_pages // shape.num_rows) * shape.page_size
-    rows = [(int(rng.integers(1, longest + 1)), 1) for _ in range(rng.integers(0, shape.num_rows))]
+    B = shape.page_size
+    longest = min(shape.num_columns, shape.num_pages // shape.num_rows) * B
+
+    def length(least):
+        n = int(rng.integers(least, longest + 1))
+        choices = [n, n, -(-n // B) * B, max(least, n // B * B + 1)]
+        return choices[rng.integers(4)]
+
+    rows = [(length(1), 1) for _ in range(rng.integers(0, shape.num_rows))]
     room = shape.num_tokens - len(rows)
     while len(rows) < shape.num_rows and room > 0:
         new = int(rng.integers(0, min(room, longest) + 1))
-        rows.append((int(rng.integers(max(new, 1), longest + 1)), new))
+        rows.append((length(max(new, 1)), new))
         room -= new
     return rows
 
 
-def float32(x):
-    return np.asarray(x, np.float32)
+def with_another_layer(args):
+    """The batch with its pages behind those of a layer that nobody may read, and the offset of its own."""
+    q, k, v, cache, *rest = args
+    return (q, k, v, jnp.concatenate([jnp.full_like(cache, jnp.nan), cache]), *rest), jnp.int32(len(cache))
+
+
+def with_fewer_rows(args, num_rows):
+    """The batch with rows past a count, which nobody may answer or write."""
+    *rest, counts = args
+    return (*rest, jnp.minimum(counts, num_rows))

@@ -1,4 +1,4 @@
-"""Random batches for ragged paged attention, and what a dense numpy attention makes of them.
+"""Random batches for ragged paged attention, and what dense attention in float64 makes of them.
 
 A batch lives in a pool whose unused pages are NaN, so that a kernel which reads one page too many says so.
 """
@@ -6,6 +6,7 @@ A batch lives in a pool whose unused pages are NaN, so that a kernel which reads
 import dataclasses
 import itertools
 
+import exact_attention
 import jax.numpy as jnp
 import numpy as np
 
@@ -65,78 +66,6 @@ def batch(rows, *, seed=0, N=4, K=2, H=16, page_size=4, dtype=jnp.float32, pad_r
     )
 
 
-def rows_of(q_TNH, k_TKH, v_TKH, cache_PBCH, kv_lens_S, page_table_SM, cu_q_lens_S1, counts_2, page_offset=0):
-    """The histories and queries, as in Batch, that the door's arguments describe; pages are floats without scales."""
-    q, k, v, cache, lens, table, cu = map(
-        np.asarray, (q_TNH, k_TKH, v_TKH, cache_PBCH, kv_lens_S, page_table_SM, cu_q_lens_S1)
-    )
-    K, H, page_size = k.shape[1], k.shape[2], cache.shape[1]
-    histories, queries = [], []
-    for s in range(int(counts_2[1])):
-        new = slice(cu[s], cu[s + 1])
-        past = lens[s] - (new.stop - new.start)
-        pages = table[s, : -(-past // page_size)] + page_offset
-        old = cache[pages].reshape(-1, *cache.shape[2:])[:past, : 2 * K, :H]
-        histories.append((np.concatenate([old[:, 0::2], k[new]]), np.concatenate([old[:, 1::2], v[new]])))
-        queries.append(q[new])
-    return histories, queries
-
-
 def dense(a_batch, **options):
     """Attention of every real token over its row's whole history, in float64: [tokens, N, H]."""
-    return dense_and_bound(a_batch.histories, a_batch.queries, **options)[0]
-
-
-FUNCTION = 8  # half units in the last place that exp and tanh may be off in float32
-
-
-def dense_and_bound(histories, queries, *, scale, window=None, soft_cap=None, sinks_N=None, block=16):
-    """That attention, and how far a float32 evaluation may be from each element: two of [tokens, N, H].
-
-    Every float32 operation is off by a factor 1 + d with |d| <= u = 2**-24, and n of them in a row by no more than
-    g(n) = n u / (1 - n u). In whatever order n terms are added, each meets at most n roundings. So:
-
-    * a logit, H products added and scaled by a rounded number, is off by at most e = g(H + 2) times the sum of its
-      terms' sizes; a soft cap, whose slope is at most 1, adds its own roundings;
-    * exp(logit - top) is off by a factor within exp(+-(e + u |logit - top|)) and its own error. What top is cancels in
-      the quotient. A running softmax multiplies by exp(old top - new top) after each of its blocks, and the distances
-      add up to the final one;
-    * so both sums, of weights and of weights times values, have terms off by a factor within exp(+-r), where r also
-      counts the additions; a quotient of sums is off by no more than the terms' errors and its own error together.
-
-    Args:
-        histories, queries: as in Batch.
-        block: keys that are folded into a running softmax at once; fewer make the bound larger.
-    """
-    outs, bounds = [], []
-    for (keys, values), q in zip(histories, queries, strict=True):
-        past, groups = len(keys) - len(q), q.shape[1] // keys.shape[1]
-        keys, values = (np.repeat(x.astype(np.float64), groups, axis=1) for x in (keys, values))
-        q = q.astype(np.float64)
-        logits = np.einsum("tnh,unh->ntu", q, keys) * scale
-        error = _roundings(q.shape[2] + 2) * np.einsum("tnh,unh->ntu", abs(q), abs(keys)) * scale
-        if soft_cap is not None:
-            uncapped, logits = logits, soft_cap * np.tanh(logits / soft_cap)
-            error += _roundings(2) * abs(uncapped) + _roundings(FUNCTION + 2) * abs(logits)
-        ahead = np.arange(len(keys)) - (past + np.arange(len(q)))[:, None]
-        hidden = (ahead > 0) | (ahead <= -(window or 2**30))
-        logits[:, hidden] = -np.inf
-        if sinks_N is not None:
-            sink = np.broadcast_to(np.asarray(sinks_N, np.float64)[:, None, None], (*logits.shape[:2], 1))
-            logits, error = np.concatenate([logits, sink], -1), np.concatenate([error, np.zeros_like(sink)], -1)
-        distance = logits.max(-1, keepdims=True, initial=-1e30) - logits
-        weights = np.exp(-distance)
-        weights /= weights.sum(-1, keepdims=True)
-        outs.append(np.einsum("ntu,unh->tnh", weights[..., : len(keys)], values))
-
-        blocks = -(-len(keys) // block) + 1
-        error += _roundings(1) * (np.where(weights > 0, distance, 0) + 2 * error.max(initial=0))
-        relative = np.expm1(error + _roundings((blocks + 1) * (FUNCTION + 2)) + _roundings(len(keys) + blocks + 2))
-        below = (weights * relative).sum(-1).T[..., None]
-        above = np.einsum("ntu,unh->tnh", (weights * relative)[..., : len(keys)], abs(values))
-        bounds.append((above + abs(outs[-1]) * below) / (1 - below) + _roundings(2) * abs(outs[-1]))
-    return np.concatenate(outs), np.concatenate(bounds)
-
-
-def _roundings(n):
-    return n * 2.0**-24 / (1 - n * 2.0**-24)
+    return exact_attention.dense(a_batch.histories, a_batch.queries, **options)

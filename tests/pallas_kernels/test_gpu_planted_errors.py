@@ -1,0 +1,191 @@
+"""Errors planted into the GPU's ways of ragged paged attention are noticed."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import kernel_batch
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_batch import LONG, MIXED, SHARING, Shape
+
+from pallas_kernels.ragged_paged_attention import gpu, gpu_gather
+
+if not hasattr(plgpu, "InterpretGPUParams"):
+    pytest.skip("this JAX has no interpreter for Mosaic GPU kernels", allow_module_level=True)
+
+from gpu_interpreter import assert_same, program
+
+_Tile = gpu._Tile
+changed = dataclasses.replace
+SCALES = {"k_scale": np.float32(0.05), "v_scale": np.float32(0.03)}
+
+
+def sees(low=0, position=0):
+    """Which keys are seen, with a window's first key or the last one moved."""
+    seen = _Tile.seen
+    return lambda tile, block, last, first, end: seen(tile, block, last + position, first + low, end)
+
+
+def meets_once_of_twice(meet=gpu.meet):
+    turns = itertools.cycle([True, False])
+    return lambda barrier: meet(barrier) if next(turns) else None
+
+
+def with_scales(attend_pages=gpu_gather.attend_pages, **order):
+    """Gathering with scales replaced: by that of this name, None for 1."""
+
+    def planted(*args, k_scale, v_scale, **options):
+        scales = {"k_scale": k_scale, "v_scale": v_scale, None: None}
+        return attend_pages(*args, k_scale=scales[order["k"]], v_scale=scales[order["v"]], **options)
+
+    return planted
+
+
+def write_all_tokens(*args, write=gpu.write):
+    *args, live_T, offset = args
+    return write(*args, jnp.ones_like(live_T), offset)
+
+
+lone = lambda shape, rows=MIXED, share=0: kernel_batch.batch(shape, rows, gpu.cache_shape, share=share)
+BFLOAT16 = Shape(dtype="bfloat16", cache_dtype="bfloat16")
+WIDE = kernel_batch.long_shape("bfloat16", 256)
+
+
+def everything():
+    args, offset = kernel_batch.with_another_layer(lone(BFLOAT16))
+    sinks = np.array((0.5, -1.0, 4.0, 0.0), np.float32)
+    return args, {"window": jnp.int32(9), "soft_cap": 3.0, "sinks_N": sinks, "page_offset": offset}
+
+
+BATCHES = {
+    "bfloat16": lambda: (lone(BFLOAT16), {}),
+    "shared": lambda: (lone(BFLOAT16, SHARING, share=2), {}),
+    "fewer rows": lambda: (kernel_batch.with_fewer_rows(lone(BFLOAT16), 3), {}),
+    "two warpgroups": lambda: (lone(WIDE, LONG), {}),
+    "everything": everything,
+    "gathered": lambda: (lone(Shape(cache_dtype="int8")), SCALES),
+}
+page_id, run_tiles, start, fold = gpu.page_id, gpu._run_tiles, _Tile.start, _Tile.fold
+DIFFERS, RACES = {"differs"}, {"differs", "races"}
+# error: (batch, where it is planted, what is planted, what notices)
+ERRORS = {
+    "a length is one short": ("bfloat16", _Tile, "seen", sees(position=-1), DIFFERS),
+    "a query sees the key after it": ("bfloat16", _Tile, "seen", sees(position=1), DIFFERS),
+    "the page before is read": (
+        "bfloat16",
+        gpu,
+        "page_id",
+        lambda pages, row, p: page_id(pages, row, jnp.maximum(p - 1, 0)),
+        RACES,
+    ),
+    "a row goes on in another's page behind the shared ones": (
+        "shared",
+        gpu,
+        "page_id",
+        lambda pages, row, p: page_id(pages, jnp.where(p == 2, 0, row), p),
+        RACES,
+    ),
+    "another layer's pages are read": (
+        "everything",
+        gpu,
+        "page_id",
+        lambda pages, row, p: page_id(pages, row, p) % BFLOAT16.num_pages,
+        DIFFERS,
+    ),
+    "nobody waits for keys": ("bfloat16", gpu, "wait", lambda barriers, slot: None, RACES),
+    "a stale tail is not blanked": ("bfloat16", gpu, "blank", lambda v_smem, begin, end: None, DIFFERS),
+    "a window is a key too wide": ("everything", _Tile, "seen", sees(low=-1), DIFFERS),
+    "a window is a key too narrow": ("everything", _Tile, "seen", sees(low=1), DIFFERS),
+    "the soft cap is dropped": (
+        "everything",
+        _Tile,
+        "fold",
+        lambda tile, *args, **refs: fold(changed(tile, soft_cap=None), *args, **refs),
+        DIFFERS,
+    ),
+    "sinks are dropped": ("everything", _Tile, "start", lambda tile, split, row: start(tile, 1, row), DIFFERS),
+    "a sink counts in every part of the keys": (
+        "everything",
+        _Tile,
+        "start",
+        lambda tile, split, row: start(tile, 0, row),
+        DIFFERS,
+    ),
+    "a sink goes to another head": (
+        "everything",
+        gpu,
+        "_run_tiles",
+        lambda q, cache, pages, sinks, *args, **static: run_tiles(q, cache, pages, jnp.roll(sinks, 1), *args, **static),
+        DIFFERS,
+    ),
+    "padding tokens are written": ("fewer rows", gpu, "write", write_all_tokens, DIFFERS),
+    "warpgroups do not meet": ("two warpgroups", gpu, "meet", lambda barrier: None, RACES),
+    "warpgroups meet once a block": ("two warpgroups", gpu, "meet", meets_once_of_twice(), RACES),
+    "a warpgroup keeps its logits": (
+        "two warpgroups",
+        _Tile,
+        "sum_shares",
+        lambda tile, logits, *refs: logits,
+        DIFFERS,
+    ),
+    "gathered keys are not scaled": (
+        "gathered",
+        gpu_gather,
+        "attend_pages",
+        with_scales(k=None, v="v_scale"),
+        DIFFERS,
+    ),
+    "gathered values are not scaled": (
+        "gathered",
+        gpu_gather,
+        "attend_pages",
+        with_scales(k="k_scale", v=None),
+        DIFFERS,
+    ),
+    "scales of gathered pages are swapped": (
+        "gathered",
+        gpu_gather,
+        "attend_pages",
+        with_scales(k="v_scale", v="k_scale"),
+        DIFFERS,
+    ),
+}
+
+
+@pytest.mark.parametrize("batch, owner, name, fault, noticed", ERRORS.values(), ids=ERRORS)
+def test_planted_error_is_noticed(monkeypatch, request, batch, owner, name, fault, noticed):
+    args, options = BATCHES[batch]()
+    monkeypatch.setattr(owner, name, fault)
+    run_tiles.clear_cache()
+    request.addfinalizer(run_tiles.clear_cache)
+    assert what_notices(args, **options) in noticed
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_nothing_is_noticed_where_nothing_is_planted(batch):
+    args, options = BATCHES[batch]()
+    assert what_notices(args, **options) == "nothing"
+
+
+def what_notices(args, *, soft_cap=None, **options):
+    try:
+        got = jax.block_until_ready(program(soft_cap=soft_cap)(*args, **options))
+    except jax.errors.JaxRuntimeError as error:
+        reset_interpreter()
+        assert "RACE DETECTED" in str(error), error
+        return "races"
+    try:
+        assert_same(got, args, soft_cap=soft_cap, **options)
+    except AssertionError:
+        return "differs"
+    return "nothing"
+
+
+def reset_interpreter():
+    """A kernel that raised leaves the interpreter's memory behind; no public name clears it."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -1,0 +1,48 @@
+"""The Hopper kernel of ragged paged attention in Mosaic's GPU interpreter, held to the reference.
+
+The interpreter keeps clocks for copies and threads, reports races and fills fresh memory with NaN.
+"""
+
+import functools
+
+import exact_attention
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from quick_compile import quick_jit
+
+from pallas_kernels.ragged_paged_attention import gpu, reference
+
+SCALE, SPLITS = 0.2, 2
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+
+
+def program(**static):
+    """The kernel with these static options, to be called with a batch's arrays and the other options."""
+    return quick_jit(functools.partial(gpu.attend, scale=SCALE, splits=SPLITS, interpret=INTERPRET, **static))
+
+
+compiled = functools.cache(program)
+
+
+@functools.cache
+def compiled_reference(soft_cap):
+    return quick_jit(functools.partial(reference.attend, scale=SCALE, soft_cap=soft_cap))
+
+
+def assert_same(got, args, *, soft_cap=None, times=2, **options):
+    """Answers and cache are right; answers of padding tokens are zeros."""
+    expected = compiled_reference(soft_cap)(*args, **options)
+    q, cache = args[0], args[3]
+    weights = q.dtype if cache.dtype.itemsize == 1 else cache.dtype
+    rounded = exact_attention.Rounded(weights=weights, answers=q.dtype, splits=SPLITS)
+    exact_attention.assert_same(
+        got,
+        expected,
+        args,
+        rounded=rounded,
+        padding=jnp.zeros_like(q),
+        times=times,
+        scale=SCALE,
+        soft_cap=soft_cap,
+        **options,
+    )
