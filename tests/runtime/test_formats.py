@@ -18,7 +18,7 @@ from runtime.params import SamplingParams
 from runtime.request import Prompt
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-SIZES = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "block_size": 4, "num_gpu_blocks_override": 64}
+SIZES = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "block_size": 4, "num_gpu_blocks_override": 64}
 SIZES |= {"max_model_len": 96, "dtype": "float32", "speculative_config": {"num_speculative_tokens": 0}}
 
 

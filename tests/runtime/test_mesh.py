@@ -40,7 +40,7 @@ def run(family, changes, meshes, **options):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-ONE_ROW = {"max_num_seqs": 1}  # for families whose layers alone are their own: fewer steps to compile
+ONE_ROW = {"max_num_seqs": 1}  # where it is the weights that matter: fewer steps to compile
 SOME = [
     ("llama", EIGHT_HEADS, [(1, 8), (2, 4), (1, 2)], {}),
     ("llama_biased", {"vocab_size": 322}, [(1, 4)], {}),  # a vocabulary that four do not divide
@@ -77,7 +77,7 @@ def test_a_family_is_tried_as_itself(architecture):
 def test_several_devices_give_the_tokens_of_one_with_rounded_weights_and_pages():
     """Log probabilities may part: what lies between two steps is rounded up here and down there."""
     changes = {"num_attention_heads": 8, "head_dim": 32, "intermediate_size": 64}
-    alone, split = run("qwen3", changes, [(1, 1), (1, 2)], quantization="int4", kv_cache_dtype="int8")
+    alone, split = run("qwen3", changes, [(1, 1), (1, 2)], quantization="int4", kv_cache_dtype="int8", **ONE_ROW)
     for request in ("0", "1", "2"):
         assert len(alone["answers"][request]) > 5 and split["answers"][request] == alone["answers"][request]
     for name in ("qkv.kernel", "o.kernel_scale", "down.kernel_offset"):
@@ -118,7 +118,7 @@ def test_weights_and_steps_of_a_mesh_are_kept_and_found_again():
 def test_weights_of_a_mesh_lie_as_its_decode_step_wants_them():
     """Kv heads that are repeated, and replicas; at the first start and at the second."""
     meshes = [(1, 4), (1, 4), (2, 2)]
-    alone, *others = run("llama", EIGHT_HEADS, [(1, 1), *meshes], turned=True)
+    alone, *others = run("llama", EIGHT_HEADS, [(1, 1), *meshes], turned=True, **ONE_ROW)
     assert not any(alone["turned"]) and [other["restored"] for other in others] == [False, True, False]
     (differs,) = others[0]["said"]
     assert "kept differ in: " in differs and "tensor_parallel_size 1 (here 4), " in differs and "num_kv" not in differs
