@@ -12,7 +12,7 @@ from numba import types
 
 from pallas_kernels.cpu import tiles
 from pallas_kernels.cpu import vectors as v
-from pallas_kernels.cpu.panels import LINE, OUTS, VECTORS
+from pallas_kernels.cpu.panels import LINE, OUTS, VECTORS, by_tokens
 from pallas_kernels.cpu.vectors import F32, I64, LANES, VF32, VI32
 
 GROUP = 32  # inputs
@@ -79,23 +79,7 @@ def _nibbles(b, words, i):
     return b.sitofp(b.ashr(bits, v.constant(VI32, 28)), VF32)
 
 
-def _any_rows(sizes):
-    """Compiles the product of a panel with as many tokens as one of the sizes says."""
-    size, *others = sizes
-    run = _tile(size)
-    other = _any_rows(others) if others else None
-
-    @v.inner
-    def product(rows, x, x_stride, w, scales, offsets, count, y, y_stride, more, fetch):
-        if other is None or rows == size:
-            run(x, x_stride, w, scales, offsets, count, y, y_stride, more, fetch)
-        else:
-            other(rows, x, x_stride, w, scales, offsets, count, y, y_stride, more, fetch)
-
-    return product
-
-
-_product = _any_rows(TILES)
+_product = by_tokens(_tile, TILES)
 
 
 @v.inner

@@ -130,18 +130,18 @@ def panel_tile_halves(rows):
     return _panel_tile(rows, f"panel_{rows}_halves", VF32, step)
 
 
-def _by_tokens(tile, sizes):
-    """Compiles the product of a panel with as many tokens as one of the sizes says."""
+def by_tokens(tile, sizes):
+    """Compiles the product of a panel with as many tokens as one of the sizes says: called with them and tile's own."""
     size, *others = sizes
     run = tile(size)
-    other = _by_tokens(tile, others) if others else None
+    other = by_tokens(tile, others) if others else None
 
     @v.inner
-    def multiply(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
+    def multiply(rows, *args):
         if other is None or rows == size:
-            run(x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
+            run(*args)
         else:
-            other(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step)
+            other(rows, *args)
 
     return multiply
 
@@ -151,9 +151,9 @@ def _nothing(rows, x, x_stride, w, count, y, y_stride, more, fetch, fetch_step):
     """Stands where the CPU has no such product, and is never called."""
 
 
-_bf16 = _by_tokens(panel_tile_pairs if v.MULTIPLIES_PAIRS else panel_tile_halves, TILES)
+_bf16 = by_tokens(panel_tile_pairs if v.MULTIPLIES_PAIRS else panel_tile_halves, TILES)
 _tile_of_bytes = panel_tile_bytes if v.HAS_BYTE_DOT else panel_tile_signed
-_bytes = _by_tokens(_tile_of_bytes, [size for size in TILES if size <= MOST_OF_BYTES]) if HAS_BYTES else _nothing
+_bytes = by_tokens(_tile_of_bytes, [size for size in TILES if size <= MOST_OF_BYTES]) if HAS_BYTES else _nothing
 
 
 @v.inner
