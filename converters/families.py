@@ -34,8 +34,10 @@ class Family:
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", Llama, llama.config, llama.rules),
     "MistralForCausalLM": Family("mistral", Llama, llama.mistral_config, llama.rules),
+    "MixtralForCausalLM": Family("mixtral", Llama, llama.mixtral_config, llama.mixtral_rules),
     "Qwen2ForCausalLM": Family("qwen2", Llama, qwen2.config, qwen2.rules),
     "Qwen3ForCausalLM": Family("qwen3", Qwen3, qwen3.config, qwen3.rules),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", Qwen3, qwen3.moe_config, qwen3.moe_rules),
     "Gemma3ForCausalLM": Family("gemma3", Gemma3, gemma3.config, gemma3.rules),
 }
 

@@ -1,10 +1,11 @@
-"""Hugging Face Llama and Mistral checkpoints -> models.llama."""
+"""Hugging Face Llama, Mistral and Mixtral checkpoints -> models.llama."""
 
 import numpy as np
 
 from converters.fields import Fields
 from converters.rope import attention_sizes, rope
 from converters.rules import Rule, heads, kv_heads
+from models.layers.experts import Mixture
 from models.layers.mlp import ACTIVATIONS
 from models.llama import LlamaConfig
 
@@ -25,6 +26,16 @@ LLAMA = dict(
 MISTRAL = LLAMA | dict(
     intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096
 )
+MIXTRAL = LLAMA | dict(
+    intermediate_size=14_336,
+    num_key_value_heads=8,
+    max_position_embeddings=131_072,
+    rms_norm_eps=1e-5,
+    rope_theta=1_000_000.0,
+    sliding_window=None,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+)
 
 
 def config(fields: Fields) -> LlamaConfig:
@@ -41,7 +52,25 @@ def mistral_config(fields: Fields) -> LlamaConfig:
     return block_config(f, windows=windows, qkv_bias=False, o_bias=False, mlp_bias=False)
 
 
-def block_config(f: Fields, *, windows, qkv_bias, o_bias, mlp_bias) -> LlamaConfig:
+def mixtral_config(fields: Fields) -> LlamaConfig:
+    f = fields.over(MIXTRAL)
+    windows = (f.optional_integer("sliding_window", high=2**30),) * f.integer("num_hidden_layers", high=1024)
+    experts = mixture(f, "num_local_experts", "intermediate_size", normalised=True)
+    return block_config(f, windows=windows, qkv_bias=False, o_bias=False, mlp_bias=False, mixture=experts)
+
+
+def mixture(f: Fields, num_experts: str, ffn_size: str, *, normalised: bool) -> Mixture:
+    """The experts, by the names of the fields that a family has for their number and their size."""
+    count = f.integer(num_experts, high=4096)
+    return Mixture(
+        num_experts=count,
+        per_token=f.integer("num_experts_per_tok", high=count),
+        ffn_size=f.integer(ffn_size, high=2**22),
+        normalised=normalised,
+    )
+
+
+def block_config(f: Fields, *, windows, qkv_bias, o_bias, mlp_bias, mixture=None) -> LlamaConfig:
     """What the families of this block have in common."""
     N, K, H = attention_sizes(f)
     max_length = f.integer("max_position_embeddings", high=2**31)
@@ -61,7 +90,29 @@ def block_config(f: Fields, *, windows, qkv_bias, o_bias, mlp_bias) -> LlamaConf
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
+        mixture=mixture,
     )
+
+
+def mixtral_rules(c: LlamaConfig) -> list[Rule]:
+    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    return [*rules(c), *expert_rules("block_sparse_moe", names)]
+
+
+def expert_rules(hf: str, names: dict[str, str]) -> list[Rule]:
+    """The table of a layer's experts.
+
+    Args:
+        hf: what the checkpoint calls the layer.
+        names: what it calls each expert's projections, by the names of an ordinary layer.
+    """
+    each, ours = f"model.layers.{{i}}.{hf}.experts.{{e}}.", "layers.{i}.mlp."
+    return [
+        Rule(f"model.layers.{{i}}.{hf}.gate.weight", ours + "router.kernel"),
+        Rule(f"{each}{names['gate_proj']}.weight", ours + "gate_up.kernel", part=(0,)),
+        Rule(f"{each}{names['up_proj']}.weight", ours + "gate_up.kernel", part=(1,)),
+        Rule(f"{each}{names['down_proj']}.weight", ours + "down.kernel"),
+    ]
 
 
 def rules(c) -> list[Rule]:

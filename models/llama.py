@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and every checkpoint of the same block (Mistral, Qwen2, SmolLM2, Yi).
+"""Llama 2 and 3, and every checkpoint of the same block (Mistral, Mixtral, Qwen2, SmolLM2, Yi).
 
 Source: Touvron et al. 2023, arXiv 2307.09288; Dubey et al. 2024, arXiv 2407.21783; Jiang et al. 2023,
 arXiv 2310.06825; Yang et al. 2024, arXiv 2407.10671.
@@ -17,6 +17,7 @@ from flax import nnx
 from models.inputs import CacheSpec
 from models.layers.attention import Attention, Step
 from models.layers.embedding import Embedding
+from models.layers.experts import Experts, Mixture
 from models.layers.linear import Linear
 from models.layers.mlp import MLP
 from models.layers.norm import RMSNorm
@@ -26,7 +27,11 @@ from models.layers.stack import Stack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """windows: for each layer, how many tokens a query looks back, itself included; None for all."""
+    """
+    Attributes:
+        windows: for each layer, how many tokens a query looks back, itself included; None for all.
+        mixture: the experts that stand for each feed-forward layer; None where there is one layer.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -43,6 +48,7 @@ class LlamaConfig:
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
+    mixture: Mixture | None = None
 
     @property
     def num_layers(self) -> int:
@@ -82,7 +88,10 @@ class Block(nnx.Module):
             c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, o_bias=c.o_bias, rngs=rngs
         )
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.mlp = MLP(c.hidden_size, c.ffn_size, activation=c.activation, bias=c.mlp_bias, rngs=rngs)
+        if c.mixture is None:
+            self.mlp = MLP(c.hidden_size, c.ffn_size, activation=c.activation, bias=c.mlp_bias, rngs=rngs)
+        else:
+            self.mlp = Experts(c.hidden_size, c.mixture, activation=c.activation, rngs=rngs)
 
     def __call__(self, x_TD, cache, step, layer):
         x_TD, cache = self.attn(x_TD, cache, step, layer, norm=self.attn_norm, residual=x_TD)

@@ -1,4 +1,4 @@
-"""Qwen3, dense: a Llama block whose queries and keys are normalised a head before rotation.
+"""Qwen3, dense or of experts: a Llama block whose queries and keys are normalised a head before rotation.
 
 Source: Yang et al. 2025, arXiv 2505.09388.
 
@@ -15,6 +15,7 @@ from flax import nnx
 from models.inputs import CacheSpec
 from models.layers.attention import Attention, Step
 from models.layers.embedding import Embedding
+from models.layers.experts import Experts, Mixture
 from models.layers.linear import Linear
 from models.layers.mlp import MLP
 from models.layers.norm import RMSNorm
@@ -24,7 +25,11 @@ from models.layers.stack import Stack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3Config:
-    """windows: for each layer, how many tokens a query looks back, itself included; None for all."""
+    """
+    Attributes:
+        windows: for each layer, how many tokens a query looks back, itself included; None for all.
+        mixture: the experts that stand for each feed-forward layer; None where there is one layer.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -39,6 +44,7 @@ class Qwen3Config:
     windows: tuple[int | None, ...]
     tie_embeddings: bool
     attention_bias: bool
+    mixture: Mixture | None = None
 
     @property
     def num_layers(self) -> int:
@@ -86,7 +92,10 @@ class Block(nnx.Module):
             rngs=rngs,
         )
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        self.mlp = MLP(c.hidden_size, c.ffn_size, activation=c.activation, rngs=rngs)
+        if c.mixture is None:
+            self.mlp = MLP(c.hidden_size, c.ffn_size, activation=c.activation, rngs=rngs)
+        else:
+            self.mlp = Experts(c.hidden_size, c.mixture, activation=c.activation, rngs=rngs)
 
     def __call__(self, x_TD, cache, step, layer):
         x_TD, cache = self.attn(x_TD, cache, step, layer, norm=self.attn_norm, residual=x_TD)

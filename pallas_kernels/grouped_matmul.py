@@ -18,17 +18,18 @@ MEGABLOX_ROWS = 128  # rows of a tile; fewer tokens are padded up to one tile
 MEGABLOX_WIDTH = 1536  # inputs or outputs of a tile at most; wider ones would not fit the vector memory twice
 
 
-def grouped_matmul(x_TI, kernel_EOI, group_sizes_E, *, implementation=None):
+def grouped_matmul(x_TI, kernel_EOI, group_sizes_E, *, out_dtype=jnp.float32, implementation=None):
     """Multiplies rows by their experts' kernels, accumulating in float32.
 
     Args:
         x_TI: rows of expert 0, then of expert 1, ...; rows past the last group are padding.
         kernel_EOI: weights, each expert's stored `[out, in]`.
         group_sizes_E: int32 rows of each expert; their sum is at most T.
+        out_dtype: dtype of the result.
         implementation: a name in IMPLEMENTATIONS, or None for the fastest here.
 
     Returns:
-        float32 `[T, O]`; padding rows are zeros.
+        `[T, O]`; padding rows are zeros.
 
     Raises:
         ValueError: shapes do not fit together, or the implementation is unknown or does not take them.
@@ -42,29 +43,30 @@ def grouped_matmul(x_TI, kernel_EOI, group_sizes_E, *, implementation=None):
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
     name = implementation or _fastest(I, O)
-    out_TO = IMPLEMENTATIONS[name](x_TI, kernel_EOI, group_sizes_E)
+    out_TO = IMPLEMENTATIONS[name](x_TI, kernel_EOI, group_sizes_E, out_dtype)
     live_T = jnp.arange(T) < group_sizes_E.sum()
     return jnp.where(live_T[:, None], out_TO, 0)
 
 
-def reference(x_TI, kernel_EOI, group_sizes_E):
+def reference(x_TI, kernel_EOI, group_sizes_E, out_dtype):
     """Every expert on every row, then each row picks its own."""
     group_T = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_TI.shape[0]), side="right")
     group_T = jnp.minimum(group_T, kernel_EOI.shape[0] - 1)
     all_ETO = jnp.einsum("TI,EOI->ETO", x_TI, kernel_EOI, preferred_element_type=jnp.float32, precision="highest")
-    return jnp.take_along_axis(all_ETO, group_T[None, :, None], axis=0)[0]
+    return jnp.take_along_axis(all_ETO, group_T[None, :, None], axis=0)[0].astype(out_dtype)
 
 
-def ragged_dot(x_TI, kernel_EOI, group_sizes_E):
+def ragged_dot(x_TI, kernel_EOI, group_sizes_E, out_dtype):
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
-    return lax.ragged_dot_general(
+    out_TO = lax.ragged_dot_general(
         x_TI, kernel_EOI, group_sizes_E.astype(jnp.int32), numbers, preferred_element_type=jnp.float32
     )
+    return out_TO.astype(out_dtype)
 
 
-def megablox(x_TI, kernel_EOI, group_sizes_E, interpret=False):
+def megablox(x_TI, kernel_EOI, group_sizes_E, out_dtype, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # imports the TPU compiler's front end
 
     (T, I), O = x_TI.shape, kernel_EOI.shape[1]
@@ -76,7 +78,7 @@ def megablox(x_TI, kernel_EOI, group_sizes_E, interpret=False):
         x_TI,
         kernel_EOI,
         group_sizes_E.astype(jnp.int32),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=out_dtype,
         tiling=(MEGABLOX_ROWS, _tile(I), _tile(O)),
         transpose_rhs=True,
         interpret=interpret,

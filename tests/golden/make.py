@@ -77,6 +77,15 @@ CHECKPOINTS = {
     "mistral": (transformers.MistralConfig, dict(sliding_window=7)),
     "qwen2": (transformers.Qwen2Config, WINDOWS),
     "qwen3": (transformers.Qwen3Config, dict(num_key_value_heads=1)),
+    "mixtral": (transformers.MixtralConfig, dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
+    ),
+    "qwen3_moe_unscaled": (
+        transformers.Qwen3MoeConfig,
+        dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False),
+    ),
     "gemma3": (transformers.Gemma3TextConfig, GEMMA3),
     "gemma3_capped": (
         transformers.Gemma3TextConfig,

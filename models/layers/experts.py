@@ -1,0 +1,115 @@
+"""A mixture of experts: each token passes a few of many gated feed-forward layers, as a router scores them.
+
+On several devices either each expert is split, as other layers are ("expert_ffn"), or each device has experts of its
+own ("experts"). All tokens are everywhere; a device computes its part of them, and the parts are added up.
+
+Source: Shazeer et al. 2017, arXiv 1701.06538; Jiang et al. 2024, arXiv 2401.04088.
+
+Dimension key
+    T  tokens in the step     D  hidden size     F  an expert's feed-forward size
+    E  experts                K  experts a token goes to     R  rows, T K
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models import parallel
+from models.layers.linear import Linear
+from models.layers.mlp import FUSED, SEPARATE
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.linear import ACTIVATIONS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """How many experts there are and how a token is shared out.
+
+    Attributes:
+        num_experts: E.
+        per_token: K.
+        ffn_size: F.
+        normalised: whether a token's K weights are made to add up to 1.
+    """
+
+    num_experts: int
+    per_token: int
+    ffn_size: int
+    normalised: bool
+
+
+class PerExpert(nnx.Module):
+    """A linear layer for each expert: kernel `[E, *out, in]`, for rows sorted by expert."""
+
+    def __init__(self, num_experts: int, out: tuple[int, ...], num_in: int, *, axes: tuple, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.kernel = nnx.Param(
+            init(rngs.params(), (num_experts, *out, num_in), jnp.float32), axes=("experts", *axes)
+        )
+
+    def __call__(self, x_RI, group_sizes_E, *, out_dtype):
+        """`[R, *out]`; rows past the last group are zeros."""
+        kernel = self.kernel[...]
+        y_RO = grouped_matmul(
+            x_RI, kernel.reshape(len(kernel), -1, kernel.shape[-1]), group_sizes_E, out_dtype=out_dtype
+        )
+        return y_RO.reshape(-1, *kernel.shape[1:-1])
+
+
+class Experts(nnx.Module):
+    """The sum of a token's experts, by its router's weights; called as `models.layers.mlp.MLP` is.
+
+    Args:
+        activation: a name in models.layers.mlp.ACTIVATIONS.
+    """
+
+    def __init__(self, hidden_size: int, mixture: Mixture, *, activation: str, rngs: nnx.Rngs):
+        D, E, F = hidden_size, mixture.num_experts, mixture.ffn_size
+        self.mixture = mixture
+        self.activation = ACTIVATIONS[FUSED[activation]] if activation in FUSED else SEPARATE[activation]
+        self.router = Linear((E,), D, axes=("scored_experts", "hidden"), rngs=rngs)
+        self.gate_up = PerExpert(E, (2, F), D, axes=(None, "expert_ffn", "hidden"), rngs=rngs)
+        self.down = PerExpert(E, (D,), F, axes=("hidden", "expert_ffn"), rngs=rngs)
+
+    def __call__(self, x_TD, num_tokens, *, norm, residual=None):
+        """`[T, D]`: of norm(x), with the residual added to it."""
+        T, K = len(x_TD), self.mixture.per_token
+        normed_TD = norm(x_TD)
+        weights_TK, experts_TK = self._route(normed_TD)
+        experts_TK, num_own = _own(experts_TK, self.mixture.num_experts)
+        is_real_T1 = jnp.arange(T)[:, None] < num_tokens
+        experts_R = jnp.where(is_real_T1, experts_TK, self.mixture.num_experts).reshape(-1)
+
+        order_R = jnp.argsort(experts_R)
+        sizes_E = (experts_R[:, None] == jnp.arange(num_own)).sum(0, dtype=jnp.int32)
+        gate_up_R2F = self.gate_up(normed_TD[order_R // K], sizes_E, out_dtype=jnp.float32)
+        out_RF = self.activation(gate_up_R2F[:, 0]) * gate_up_R2F[:, 1]
+        y_RD = self.down(out_RF.astype(x_TD.dtype), sizes_E, out_dtype=x_TD.dtype)
+
+        y_TKD = y_RD[jnp.argsort(order_R)].reshape(T, K, -1)
+        y_TD = jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32), precision="highest")
+        for name in ("experts", "expert_ffn"):
+            if (split := parallel.splits(name)) is not None:
+                y_TD = parallel.add_up(y_TD.astype(x_TD.dtype), split).astype(jnp.float32)
+        if residual is not None:
+            y_TD = y_TD + residual.astype(jnp.float32)
+        return y_TD.astype(x_TD.dtype)
+
+    def _route(self, x_TD):
+        """A token's K experts, and the weight of each, float32."""
+        scores_TE = jax.nn.softmax(self.router(x_TD, out_dtype=jnp.float32))
+        weights_TK, experts_TK = jax.lax.top_k(scores_TE, self.mixture.per_token)
+        if self.mixture.normalised:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdims=True)
+        return weights_TK, experts_TK
+
+
+def _own(experts_TK, num_experts):
+    """The experts, counted from this device's first one on, and how many it has."""
+    split = parallel.splits("experts")
+    if split is None:
+        return experts_TK, num_experts
+    num_own = num_experts // split.size
+    return (experts_TK - parallel.place(split) * num_own) % num_experts, num_own
