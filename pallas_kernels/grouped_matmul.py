@@ -6,7 +6,8 @@ reads weights stored `[out, in]` as they lie and visits only tiles that hold tok
 Source: Gale et al. 2022, arXiv 2211.15841 (block-sparse experts without capacity limits).
 
 Dimension key
-    T  rows: tokens times the experts each goes to, sorted by expert     I  inputs     O  outputs     E  experts
+    T  rows: tokens times the experts each goes to, sorted by expert     I  inputs     O  outputs
+    E  experts     G  kernels
 """
 
 import jax.numpy as jnp
@@ -18,13 +19,14 @@ MEGABLOX_ROWS = 128  # rows of a tile; fewer tokens are padded up to one tile
 MEGABLOX_WIDTH = 1536  # inputs or outputs of a tile at most; wider ones would not fit the vector memory twice
 
 
-def grouped_matmul(x_TI, kernel_EOI, group_sizes_E, *, out_dtype=jnp.float32, implementation=None):
+def grouped_matmul(x_TI, kernel_GOI, group_sizes_E, *, first=None, out_dtype=jnp.float32, implementation=None):
     """Multiplies rows by their experts' kernels, accumulating in float32.
 
     Args:
         x_TI: rows of expert 0, then of expert 1, ...; rows past the last group are padding.
-        kernel_EOI: weights, each expert's stored `[out, in]`.
+        kernel_GOI: weights, each expert's stored `[out, in]`: those of E experts, or of more layers' experts.
         group_sizes_E: int32 rows of each expert; their sum is at most T.
+        first: int32 scalar, where expert 0 stands among the kernels; None for 0, of as many as there are sizes.
         out_dtype: dtype of the result.
         implementation: a name in IMPLEMENTATIONS, or None for the fastest here.
 
@@ -34,16 +36,20 @@ def grouped_matmul(x_TI, kernel_EOI, group_sizes_E, *, out_dtype=jnp.float32, im
     Raises:
         ValueError: shapes do not fit together, or the implementation is unknown or does not take them.
     """
-    (T, I), (E, O, kernel_I) = x_TI.shape, kernel_EOI.shape
-    if kernel_I != I or group_sizes_E.shape != (E,):
+    (T, I), (G, O, kernel_I), (E,) = x_TI.shape, kernel_GOI.shape, group_sizes_E.shape
+    if kernel_I != I or E > G or (first is None and E != G):
         raise ValueError(
-            f"rows {x_TI.shape}, kernels {kernel_EOI.shape} and group sizes {group_sizes_E.shape} do not fit: kernels "
+            f"rows {x_TI.shape}, kernels {kernel_GOI.shape} and group sizes {group_sizes_E.shape} do not fit: kernels "
             f"are [experts, out, in] with in = {I}, and there is one size an expert"
         )
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
     name = implementation or _fastest(I, O)
-    out_TO = IMPLEMENTATIONS[name](x_TI, kernel_EOI, group_sizes_E, out_dtype)
+    if first is not None and name == "megablox":  # it reads no kernel of an empty group
+        group_sizes_E = lax.dynamic_update_slice(jnp.zeros(G, group_sizes_E.dtype), group_sizes_E, (first,))
+    elif first is not None:
+        kernel_GOI = lax.dynamic_slice_in_dim(kernel_GOI, first, E)
+    out_TO = IMPLEMENTATIONS[name](x_TI, kernel_GOI, group_sizes_E, out_dtype)
     live_T = jnp.arange(T) < group_sizes_E.sum()
     return jnp.where(live_T[:, None], out_TO, 0)
 

@@ -69,6 +69,7 @@ class EngineConfig:
         quantization: "int8" rounds weights when they are loaded, and tokens where they meet them; "int4" rounds the
             layers' weights alone, in groups, and the token table and the scores as int8 does. See runtime.quantise.
         tensor_parallel_size: devices that each layer is split over.
+        enable_expert_parallel: of a mixture of experts each of these devices has whole experts, not a part of each.
         data_parallel_size: replicas of the model, each on so many devices; a request is served by one of them.
         stacked: scan over stacked layers; None = on TPU.
     """
@@ -99,6 +100,7 @@ class EngineConfig:
     max_queued: int = 256
     cache_dir: str | None = None
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     data_parallel_size: int = 1
     stacked: bool | None = None
 

@@ -364,9 +364,8 @@ PARALLEL = (
     Flag(
         "enable-expert-parallel",
         "switch",
-        "spread experts over devices.",
-        unused="no family that is served has experts",
-        harmless=(False,),
+        "give each tensor-parallel device whole experts, and not a part of each.",
+        to="engine.enable_expert_parallel",
     ),
     Flag("nnodes", "int", "hosts that serve the model together (1).", to="hosts.nnodes", short=("-n",)),
     Flag(

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters.place import in_format, sharding_of
+from models.layers.experts import Mixture
 from models.layers.linear import group_size
 from models.parallel import Split, split_over
 from pallas_kernels.rotation import block_size
@@ -33,7 +34,7 @@ from runtime.step_state import StepState
 AXIS = "model"
 DATA = "data"
 COPY = "copy"  # beside AXIS, where several devices have the same kv head
-SPLIT = ("vocab", "heads", "kv_heads", "ffn")  # logical axes of weights that are split; all others are whole
+SPLIT = ("vocab", "heads", "kv_heads", "ffn", "experts")  # logical axes of weights that are split; others are whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,22 @@ def fit(config: Any, tensor_parallel_size: int, quantization: str | None = None)
     return dataclasses.replace(config, num_kv_heads=tensor_parallel_size) if more else config
 
 
+def mixture_of(config: Any) -> Mixture | None:
+    """The experts of a model; None when it has none."""
+    return getattr(config, "mixture", None)
+
+
+def with_whole_experts(config: Any) -> Any:
+    """The model's config where each of several devices has whole experts.
+
+    Raises:
+        ConfigError: it has no experts.
+    """
+    if (mixture := mixture_of(config)) is None:
+        raise ConfigError("enable_expert_parallel spreads experts, and this model has none; leave it out")
+    return dataclasses.replace(config, mixture=dataclasses.replace(mixture, whole=True))
+
+
 def check_divides(config: Any, size: int, quantization: str | None = None) -> None:
     """Raises: ConfigError: so many devices cannot share the model's layers; the message names the sizes that can."""
     if reasons := _misfits(config, size, quantization):
@@ -137,12 +154,17 @@ def fitting_sizes(config: Any, quantization: str | None = None) -> list[int]:
 
 
 def _misfits(config, size, quantization):
-    kv_heads = config.num_kv_heads
+    kv_heads, mixture = config.num_kv_heads, mixture_of(config)
     dimensions = {
         f"{config.num_heads} query heads": config.num_heads % size == 0,
         f"{kv_heads} kv heads": kv_heads % size == 0 or size % kv_heads == 0,
-        f"{config.ffn_size} feed-forward units": config.ffn_size % size == 0,
     }
+    if mixture is None:
+        dimensions[f"{config.ffn_size} feed-forward units"] = config.ffn_size % size == 0
+    elif mixture.whole:
+        dimensions[f"{mixture.num_experts} experts"] = mixture.num_experts % size == 0
+    else:
+        dimensions[f"{mixture.ffn_size} feed-forward units of an expert"] = mixture.ffn_size % size == 0
     if quantization is not None:
         kind, size_of = ("groups", group_size) if quantization == "int4" else ("rotated blocks", block_size)
         for name, num_in in (("attended", config.num_heads * config.head_dim), ("feed-forward", config.ffn_size)):

@@ -60,6 +60,10 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
     platform = machine.platform
     dtype = resolve_dtype(config.dtype, checkpoint.dtype, platform)
     stacked, method = is_stacked(config, platform), config.quantization
+    if config.enable_expert_parallel:
+        checkpoint = dataclasses.replace(checkpoint, config=mesh.with_whole_experts(checkpoint.config))
+    if method is not None and mesh.mixture_of(checkpoint.config) is not None:
+        raise ConfigError(f"quantization {method} does not round the weights of experts yet; leave it out")
     sizes = config.tensor_parallel_size, config.data_parallel_size
     devices = mesh.replica_devices(checkpoint.config, machine, *sizes, method)[replica]
     layout = Layout.of(checkpoint, stacked, method, devices)
@@ -89,6 +93,7 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
         dtype=dtype,
     )
     plan = _with_attention(plan, machine, layout.config.num_heads, specs)
+    plan = _with_experts(plan, layout.config)
     caches = cache_shapes(specs, plan)
     programs = programs_for(graph, shapes, plan, caches, layout)
     # The model's own config: what a mesh makes of it follows, and a start looks for what is kept of the same model.
@@ -122,6 +127,16 @@ def _with_attention(plan: EnginePlan, machine: Machine, num_heads: int, specs) -
         if reason:
             raise ConfigError(f"attention on {kind}: {reason}")
     return dataclasses.replace(plan, reasons=(*plan.reasons, ("attention", plan.platform, attends)))
+
+
+def _with_experts(plan: EnginePlan, config: Any) -> EnginePlan:
+    """The plan, with where a model's experts are among its reasons."""
+    if (mixture := mesh.mixture_of(config)) is None:
+        return plan
+    devices = plan.tensor_parallel_size
+    where = f"{mixture.num_experts // devices} whole ones a device" if mixture.whole else "a part of each on every device"
+    row = ("experts", f"{mixture.num_experts}", f"{mixture.per_token} a token" + (f"; {where}" if devices > 1 else ""))
+    return dataclasses.replace(plan, reasons=(*plan.reasons, row))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A mixture of experts: each token passes a few of many gated feed-forward layers, as a router scores them.
 
-On several devices either each expert is split, as other layers are ("expert_ffn"), or each device has experts of its
-own ("experts"). All tokens are everywhere; a device computes its part of them, and the parts are added up.
+On several devices either each expert is split, as other layers are, or each device has whole experts of its own. All
+tokens are everywhere; a device computes its part of them, and the parts are added up.
 
 Source: Shazeer et al. 2017, arXiv 1701.06538; Jiang et al. 2024, arXiv 2401.04088.
 
@@ -11,6 +11,7 @@ Dimension key
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from flax import nnx
 from models import parallel
 from models.layers.linear import Linear
 from models.layers.mlp import FUSED, SEPARATE
+from models.layers.stack import InStack, Uncut
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import ACTIVATIONS
 
@@ -32,12 +34,14 @@ class Mixture:
         per_token: K.
         ffn_size: F.
         normalised: whether a token's K weights are made to add up to 1.
+        whole: whether several devices have whole experts, each others, and not a part of each.
     """
 
     num_experts: int
     per_token: int
     ffn_size: int
     normalised: bool
+    whole: bool = False
 
 
 class PerExpert(nnx.Module):
@@ -45,17 +49,18 @@ class PerExpert(nnx.Module):
 
     def __init__(self, num_experts: int, out: tuple[int, ...], num_in: int, *, axes: tuple, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        self.kernel = nnx.Param(
-            init(rngs.params(), (num_experts, *out, num_in), jnp.float32), axes=("experts", *axes)
-        )
+        self.num_out_axes = len(out)
+        self.kernel = Uncut(init(rngs.params(), (num_experts, *out, num_in), jnp.float32), axes=axes)
 
     def __call__(self, x_RI, group_sizes_E, *, out_dtype):
         """`[R, *out]`; rows past the last group are zeros."""
-        kernel = self.kernel[...]
-        y_RO = grouped_matmul(
-            x_RI, kernel.reshape(len(kernel), -1, kernel.shape[-1]), group_sizes_E, out_dtype=out_dtype
-        )
-        return y_RO.reshape(-1, *kernel.shape[1:-1])
+        kernel, first = self.kernel.get_value(), None
+        if isinstance(kernel, InStack):
+            kernel, first = kernel.stack, kernel.index * len(group_sizes_E)
+        *out, num_in = kernel.shape[-1 - self.num_out_axes :]
+        kernel_GOI = kernel.reshape(-1, math.prod(out), num_in)
+        y_RO = grouped_matmul(x_RI, kernel_GOI, group_sizes_E, first=first, out_dtype=out_dtype)
+        return y_RO.reshape(-1, *out)
 
 
 class Experts(nnx.Module):
@@ -69,16 +74,18 @@ class Experts(nnx.Module):
         D, E, F = hidden_size, mixture.num_experts, mixture.ffn_size
         self.mixture = mixture
         self.activation = ACTIVATIONS[FUSED[activation]] if activation in FUSED else SEPARATE[activation]
-        self.router = Linear((E,), D, axes=("scored_experts", "hidden"), rngs=rngs)
-        self.gate_up = PerExpert(E, (2, F), D, axes=(None, "expert_ffn", "hidden"), rngs=rngs)
-        self.down = PerExpert(E, (D,), F, axes=("hidden", "expert_ffn"), rngs=rngs)
+        self.split_axis = "experts" if mixture.whole else "ffn"
+        experts, ffn = ("experts", None) if mixture.whole else (None, "ffn")
+        self.router = Linear((E,), D, axes=(None, "hidden"), rngs=rngs)
+        self.gate_up = PerExpert(E, (2, F), D, axes=(experts, None, ffn, "hidden"), rngs=rngs)
+        self.down = PerExpert(E, (D,), F, axes=(experts, "hidden", ffn), rngs=rngs)
 
     def __call__(self, x_TD, num_tokens, *, norm, residual=None):
         """`[T, D]`: of norm(x), with the residual added to it."""
         T, K = len(x_TD), self.mixture.per_token
         normed_TD = norm(x_TD)
         weights_TK, experts_TK = self._route(normed_TD)
-        experts_TK, num_own = _own(experts_TK, self.mixture.num_experts)
+        experts_TK, num_own = self._own(experts_TK)
         is_real_T1 = jnp.arange(T)[:, None] < num_tokens
         experts_R = jnp.where(is_real_T1, experts_TK, self.mixture.num_experts).reshape(-1)
 
@@ -90,9 +97,8 @@ class Experts(nnx.Module):
 
         y_TKD = y_RD[jnp.argsort(order_R)].reshape(T, K, -1)
         y_TD = jnp.einsum("TK,TKD->TD", weights_TK, y_TKD.astype(jnp.float32), precision="highest")
-        for name in ("experts", "expert_ffn"):
-            if (split := parallel.splits(name)) is not None:
-                y_TD = parallel.add_up(y_TD.astype(x_TD.dtype), split).astype(jnp.float32)
+        if (split := parallel.splits(self.split_axis)) is not None:
+            y_TD = parallel.add_up(y_TD.astype(x_TD.dtype), split).astype(jnp.float32)
         if residual is not None:
             y_TD = y_TD + residual.astype(jnp.float32)
         return y_TD.astype(x_TD.dtype)
@@ -105,11 +111,10 @@ class Experts(nnx.Module):
             weights_TK = weights_TK / weights_TK.sum(-1, keepdims=True)
         return weights_TK, experts_TK
 
-
-def _own(experts_TK, num_experts):
-    """The experts, counted from this device's first one on, and how many it has."""
-    split = parallel.splits("experts")
-    if split is None:
-        return experts_TK, num_experts
-    num_own = num_experts // split.size
-    return (experts_TK - parallel.place(split) * num_own) % num_experts, num_own
+    def _own(self, experts_TK):
+        """The experts, counted from this device's first one on, and how many it has."""
+        num_experts = self.mixture.num_experts
+        if (split := parallel.splits("experts")) is None or not self.mixture.whole:
+            return experts_TK, num_experts
+        num_own = num_experts // split.size
+        return (experts_TK - parallel.place(split) * num_own) % num_experts, num_own

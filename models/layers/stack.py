@@ -39,6 +39,22 @@ class Layer:
     rope: Any
 
 
+class Uncut(nnx.Param):
+    """A weight that a scan over layers leaves where it lies: see InStack."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InStack:
+    """What an Uncut weight holds while layers are scanned: the layers' stack, and which of them it is, int32.
+
+    For weights of which a step reads only some, as of experts. A kernel that is given one layer's would be given a copy.
+    """
+
+    stack: Any
+    index: Any
+
+
 class Stack(nnx.Module):
     """Layers called as `block(x_TD, cache, step, layer) -> (x_TD, cache)`.
 
@@ -86,7 +102,7 @@ class Stack(nnx.Module):
     def _scan(self, x_TD, caches, step):
         (cache,) = caches
         L = len(self.windows)
-        graphdef, weights = nnx.split(self.blocks)
+        graphdef, uncut, weights = nnx.split(self.blocks, Uncut, ...)
         offsets_L = jnp.arange(L, dtype=jnp.int32) * (cache.shape[0] // L)
         windows = _varying(self.windows, lambda window: NO_WINDOW if window is None else window)
         ropes = _varying(self.ropes, int)
@@ -96,11 +112,12 @@ class Stack(nnx.Module):
 
         def one(carry, layer):
             own = jax.tree.map(lambda cut, w: cut.reshape(w.shape[1:]), layer["weights"], weights)
-            block = nnx.merge(graphdef, own)
+            whole = jax.tree.map(lambda w: InStack(w, layer["index"]), uncut)
+            block = nnx.merge(graphdef, whole, own)
             window, rope = layer.get("window", self.windows[0]), layer.get("rope", self.ropes[0])
             return block(*carry, step, Layer(layer["offset"], window, rope)), None
 
-        layers = {"weights": flat, "offset": offsets_L}
+        layers = {"weights": flat, "offset": offsets_L, "index": jnp.arange(L, dtype=jnp.int32)}
         if windows is not None:
             layers["window"] = windows
         if ropes is not None:

@@ -12,6 +12,7 @@ from converters.fields import Fields
 from converters.load import load_weights
 from converters.rules import ConversionError
 from models import interface
+from models.layers.experts import Mixture
 from models.layers.rope import Rope, frequencies
 
 
@@ -109,12 +110,18 @@ def test_a_config_that_is_no_object_is_refused(text, tmp_path):
         open_checkpoint(folder)
 
 
+def experts(num_experts, per_token, ffn_size, normalised):
+    return Mixture(num_experts=num_experts, per_token=per_token, ffn_size=ffn_size, normalised=normalised)
+
+
 # What transformers 5.23 fills in for an empty config.json of each architecture.
 DEFAULTS = {
     "LlamaForCausalLM": dict(hidden_size=4096, ffn_size=11008, num_heads=32, num_kv_heads=32, head_dim=128),
     "MistralForCausalLM": dict(ffn_size=14336, num_kv_heads=8, max_length=131072, windows=(4096,) * 32),
     "Qwen2ForCausalLM": dict(vocab_size=151936, ffn_size=22016, num_kv_heads=32, windows=(None,) * 32, qkv_bias=True),
     "Qwen3ForCausalLM": dict(head_dim=128, num_kv_heads=32, max_length=32768, tie_embeddings=False),
+    "MixtralForCausalLM": dict(ffn_size=14336, windows=(None,) * 32, mixture=experts(8, 2, 14336, True)),
+    "Qwen3MoeForCausalLM": dict(head_dim=64, num_kv_heads=4, mixture=experts(128, 8, 768, False)),
     "Gemma3ForCausalLM": dict(vocab_size=262208, hidden_size=2304, head_dim=256, query_scale=256**-0.5),
 }
 

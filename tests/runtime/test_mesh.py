@@ -47,6 +47,8 @@ SOME = [
     ("qwen2", EIGHT_HEADS, [(1, 4)], ONE_ROW | {"stacked": True}),
     ("qwen3", EIGHT_HEADS, [(1, 4)], ONE_ROW),
     ("gemma3", EIGHT_HEADS, [(1, 4)], ONE_ROW),
+    ("mixtral", EIGHT_HEADS, [(1, 4)], ONE_ROW),
+    ("qwen3_moe", EIGHT_HEADS, [(1, 8), (1, 2)], ONE_ROW | {"enable_expert_parallel": True, "stacked": True}),
 ]
 KEPT = "mistral"  # what is kept for a mesh is that family's
 ALL = [(row.name, EIGHT_HEADS, [(1, 8), (2, 4), (1, 2), (2, 1)], {}) for row in FAMILIES.values()]

@@ -75,8 +75,17 @@ FAMILIES = {
     "llama_biased": _hf("LlamaForCausalLM", "llama", attention_bias=True, mlp_bias=True),
     "llama31": _hf("LlamaForCausalLM", "llama", rope_scaling=LLAMA3_ROPE),
     "mistral": _hf("MistralForCausalLM", "mistral", sliding_window=6),
+    "mixtral": _hf("MixtralForCausalLM", "mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen2": _hf("Qwen2ForCausalLM", "qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=1),
     "qwen3": _hf("Qwen3ForCausalLM", "qwen3", tie_word_embeddings=True),
+    "qwen3_moe": _hf(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+    ),
     "gemma3": _hf(
         "Gemma3ForCausalLM",
         "gemma3_text",
@@ -170,14 +179,27 @@ def tensor_shapes(hf):
     for i in range(hf["num_hidden_layers"]):
         layer = f"model.layers.{i}."
         shapes |= {f"{layer}{norm}.weight": (D,) for norm in norms}
-        if kind in ("qwen3", "gemma3_text"):
+        if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
             shapes |= {f"{layer}self_attn.{norm}.weight": (H,) for norm in ("q_norm", "k_norm")}
-        for part, linears in [("self_attn", attention), ("mlp", mlp)]:
+        for part, linears in [("self_attn", attention), *_feed_forward(hf, mlp)]:
             for name, shape in linears.items():
                 shapes[f"{layer}{part}.{name}.weight"] = shape
                 if name in biased:
                     shapes[f"{layer}{part}.{name}.bias"] = shape[:1]
     return shapes
+
+
+def _feed_forward(hf, mlp):
+    """(name, {name: shape}) of a layer's feed-forward layer, or of its router and experts."""
+    D = hf["hidden_size"]
+    if hf["model_type"] == "mixtral":
+        part, count, F, names = "block_sparse_moe", hf["num_local_experts"], hf["intermediate_size"], ("w1", "w3", "w2")
+    elif hf["model_type"] == "qwen3_moe":
+        part, count, F, names = "mlp", hf["num_experts"], hf["moe_intermediate_size"], tuple(mlp)
+    else:
+        return [("mlp", mlp)]
+    each = dict(zip(names, [(F, D), (F, D), (D, F)], strict=True))
+    return [(part, {"gate": (count, D)}), *((f"{part}.experts.{e}", each) for e in range(count))]
 
 
 def random_tensors(hf, seed=0):
