@@ -6,11 +6,14 @@ A floor, not a forecast: all overlaps, no kernel wastes a cycle, devices talk fo
 
 import dataclasses
 import math
+from typing import Any
 
 from runtime.chips import Chip
+from runtime.mesh import mixture_of
 from runtime.preparation import Prepared, element_bytes
 
 TABLE, HEAD = "embed.table", "lm_head.kernel"  # the table is the head too in models that have no other
+OF_EXPERTS = (".gate_up.kernel", ".down.kernel")  # what each expert has of its own, in a model that has experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +49,20 @@ def floor(prepared: Prepared, chip: Chip, *, num_tokens: int, num_rows: int, con
     held = {name: math.prod(wheres[name].shard_shape(shape.shape)) for name, shape in prepared.shapes.items()}
     head = HEAD if HEAD in held else TABLE
     read = {name for name in held if not name.startswith(TABLE) or head == TABLE}  # else a few rows of the table
-    weight_bytes = sum(held[name] * element_bytes(prepared.shapes[name].dtype) for name in read)
+    is_read, is_used = shares(layout.config, num_tokens)
+    share = lambda name, of_experts: of_experts if name.endswith(OF_EXPERTS) else 1.0
+    weight_bytes = sum(held[n] * element_bytes(prepared.shapes[n].dtype) * share(n, is_read) for n in read)
     kv_bytes = plan.page_bytes / plan.page_size / len(layout.devices) * num_rows * context
-    products = sum(size for name, size in held.items() if name.endswith(".kernel") and name != head)
+    kernels = [name for name in held if name.endswith(".kernel") and name != head]
+    products = sum(held[name] * share(name, is_used) for name in kernels)
     operations = 2 * (products * num_tokens + held[head] * num_rows)
     peak = chip.peak("int8" if plan.quantization == "int8" else plan.dtype)
     return Floor((weight_bytes + kv_bytes) / chip.bandwidth, operations / peak)
+
+
+def shares(config: Any, num_tokens: int) -> tuple[float, float]:
+    """The share of the experts that so many tokens read, evenly spread, and the share that one token multiplies."""
+    if (mixture := mixture_of(config)) is None:
+        return 1.0, 1.0
+    used = mixture.per_token / mixture.num_experts
+    return 1 - (1 - used) ** num_tokens, used

@@ -43,6 +43,22 @@ def test_a_chunk_multiplies_each_token_with_the_layers_and_one_with_the_head(lla
     assert found.bound == "compute" and found.seconds == found.compute_s
 
 
+def test_few_tokens_read_few_experts_and_each_multiplies_its_own():
+    fields = Fields(CONFIGS["Qwen3-30B-A3B"])
+    family = family_of(fields)
+    config = family.config(fields)
+    _, shapes = abstract(family.model_class, config, jnp.bfloat16, stacked=True)
+    plan = types.SimpleNamespace(page_bytes=0, page_size=128, quantization=None, dtype="bfloat16")
+    prepared = types.SimpleNamespace(plan=plan, layout=Layout(config, jax.devices()[:1], None, {}), shapes=shapes)
+    expert, others = 48 * 3 * 2048 * 768, 48 * (2048 * 128 + 2 * 2048 * (36 + 4) * 128) + 151_936 * 2048
+    others -= 48 * 2048 * 8 * 128  # what o does not have of the 32 + 2 * 4 heads
+    one = floor(prepared, chips.CHIPS["v6e"], num_tokens=1, num_rows=1, context=0)
+    assert one.memory_s == pytest.approx(2 * (8 * expert + others) / 1640e9, rel=1e-3)
+    assert one.compute_s == pytest.approx(2 * (8 * expert + others) / 918e12, rel=1e-3)
+    many = floor(prepared, chips.CHIPS["v6e"], num_tokens=64, num_rows=64, context=0)
+    assert many.memory_s == pytest.approx(2 * (128 * (1 - (15 / 16) ** 64) * expert + others) / 1640e9, rel=1e-3)
+
+
 def test_targets_count_what_google_counts():
     assert chips.named("v6e-8") == (chips.CHIPS["v6e"], 8)
     assert chips.named("v5litepod-4")[0].name == "v5e" and chips.named("V6E-1")[1] == 1

@@ -47,6 +47,40 @@ CONFIGS = {
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 48,
+        "head_dim": 128,
+        "num_key_value_heads": 4,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
+    "Mixtral-8x7B": LLAMA
+    | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+    },
 }
 
 
@@ -80,6 +114,8 @@ TPU = [
     Build("Llama-3-8B", "v6e-1", {"kv_cache_dtype": "fp8"}),
     Build("Llama-3-8B", "v5e-1", {"quantization": "int8"}),
     Build("Llama-3-8B", "v5e-1", {"quantization": "int4"}),
+    Build("Qwen3-30B-A3B", "v6e-4", {"enable_expert_parallel": True}),
+    Build("Mixtral-8x7B", "v5e-8"),
     Build("Llama-3-8B", "v6e-1", {"quantization": "int4"}, written_slices=1),  # int4[4096, 14336], in other tiles
 ]
 GPU = [Build("Llama-3-8B", target) for target in ("h100-1", "h100-2", "h100-4", "a100-1")]
