@@ -15,6 +15,7 @@ from flax import nnx
 
 from models.inputs import CacheSpec, StepInputs
 from models.layers.embedding import Embedding
+from models.layers.experts import PerExpert
 from models.layers.linear import Linear
 from models.layers.stack import Stack
 
@@ -119,8 +120,8 @@ def _put_in_panels(model, dtype) -> frozenset[str]:
     """Makes a model of shapes expect weights in panels; gives their names. What is no integer is held in dtype."""
     names = set()
     for path, module in list(nnx.iter_modules(model)):
-        if isinstance(module, Linear | Embedding):
-            attribute = "kernel" if isinstance(module, Linear) else "table"
+        if isinstance(module, Linear | Embedding | PerExpert):
+            attribute = "table" if isinstance(module, Embedding) else "kernel"
             held = getattr(module, attribute).get_value().dtype
             if module.put_in_panels(held if held in (jnp.int8, jnp.int4) else dtype):
                 suffixes = ("", "_scale", "_offset") if held == jnp.int4 else ("",)

@@ -1,7 +1,8 @@
 """Grouped matmul: tokens sorted by expert, each run of them times its own expert's weights.
 
 `ragged_dot` is XLA's own (`jax.lax.ragged_dot_general`); `megablox` is the Pallas kernel that JAX ships for TPUs, which
-reads weights stored `[out, in]` as they lie and visits only tiles that hold tokens.
+reads weights stored `[out, in]` as they lie and visits only tiles that hold tokens. `cpu` reads those of the experts that
+have rows; what XLA makes of a ragged dot there multiplies every row by every expert.
 
 Source: Gale et al. 2022, arXiv 2211.15841 (block-sparse experts without capacity limits).
 
@@ -13,13 +14,16 @@ Dimension key
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import cpu, panels
 from pallas_kernels.platform import current_platform
 
 MEGABLOX_ROWS = 128  # rows of a tile; fewer tokens are padded up to one tile
 MEGABLOX_WIDTH = 1536  # inputs or outputs of a tile at most; wider ones would not fit the vector memory twice
 
 
-def grouped_matmul(x_TI, kernel_GOI, group_sizes_E, *, first=None, out_dtype=jnp.float32, implementation=None):
+def grouped_matmul(
+    x_TI, kernel_GOI, group_sizes_E, *, first=None, out_dtype=jnp.float32, in_panels=False, implementation=None
+):
     """Multiplies rows by their experts' kernels, accumulating in float32.
 
     Args:
@@ -28,6 +32,7 @@ def grouped_matmul(x_TI, kernel_GOI, group_sizes_E, *, first=None, out_dtype=jnp
         group_sizes_E: int32 rows of each expert; their sum is at most T.
         first: int32 scalar, where expert 0 stands among the kernels; None for 0, of as many as there are sizes.
         out_dtype: dtype of the result.
+        in_panels: the kernels stand as `pallas_kernels.panels.pack` puts them.
         implementation: a name in IMPLEMENTATIONS, or None for the fastest here.
 
     Returns:
@@ -44,12 +49,19 @@ def grouped_matmul(x_TI, kernel_GOI, group_sizes_E, *, first=None, out_dtype=jnp
         )
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
-    name = implementation or _fastest(I, O)
-    if first is not None and name == "megablox":  # it reads no kernel of an empty group
-        group_sizes_E = lax.dynamic_update_slice(jnp.zeros(G, group_sizes_E.dtype), group_sizes_E, (first,))
-    elif first is not None:
-        kernel_GOI = lax.dynamic_slice_in_dim(kernel_GOI, first, E)
-    out_TO = IMPLEMENTATIONS[name](x_TI, kernel_GOI, group_sizes_E, out_dtype)
+    name = implementation or _fastest(x_TI, kernel_GOI)
+    if in_panels and name != "cpu":
+        kernel_GOI = panels.unpack(kernel_GOI)
+    if name == "cpu":
+        out_TO = _cpu(x_TI, kernel_GOI, group_sizes_E, out_dtype, 0 if first is None else first, in_panels)
+    elif first is None:
+        out_TO = IMPLEMENTATIONS[name](x_TI, kernel_GOI, group_sizes_E, out_dtype)
+    elif name == "megablox":  # it reads no kernel of an empty group
+        sizes_G = lax.dynamic_update_slice(jnp.zeros(G, group_sizes_E.dtype), group_sizes_E, (first,))
+        out_TO = IMPLEMENTATIONS[name](x_TI, kernel_GOI, sizes_G, out_dtype)
+    else:
+        kernel_EOI = lax.dynamic_slice_in_dim(kernel_GOI, first, E)
+        out_TO = IMPLEMENTATIONS[name](x_TI, kernel_EOI, group_sizes_E, out_dtype)
     live_T = jnp.arange(T) < group_sizes_E.sum()
     return jnp.where(live_T[:, None], out_TO, 0)
 
@@ -106,11 +118,25 @@ def _tile(width) -> int:
     return max(tile for tile in range(128, MEGABLOX_WIDTH + 1, 128) if width % tile == 0)
 
 
-def _fastest(num_inputs, num_outputs) -> str:
+def _cpu(x_TI, kernel_GOI, group_sizes_E, out_dtype, first=0, in_panels=False):
+    from pallas_kernels.cpu import experts
+
+    return experts.multiply(
+        x_TI, kernel_GOI, group_sizes_E, first,
+        out_dtype=out_dtype, num_threads=cpu.register().num_threads, in_panels=in_panels,
+    )  # fmt: skip
+
+
+def _fastest(x_TI, kernel_GOI) -> str:
     platform = current_platform()
-    if platform == "tpu" and megablox_refusal(num_inputs, num_outputs) is None:
+    if platform == "tpu" and megablox_refusal(x_TI.shape[1], kernel_GOI.shape[1]) is None:
         return "megablox"
+    if platform == "cpu" and cpu.is_available():
+        from pallas_kernels.cpu import matmul
+
+        if matmul.supports(x_TI, kernel_GOI):
+            return "cpu"
     return "ragged_dot"
 
 
-IMPLEMENTATIONS = {"reference": reference, "ragged_dot": ragged_dot, "megablox": megablox}
+IMPLEMENTATIONS = {"reference": reference, "ragged_dot": ragged_dot, "megablox": megablox, "cpu": _cpu}

@@ -21,6 +21,7 @@ from models import parallel
 from models.layers.linear import Linear
 from models.layers.mlp import FUSED, SEPARATE
 from models.layers.stack import InStack, Uncut
+from pallas_kernels import panels
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import ACTIVATIONS
 
@@ -49,8 +50,14 @@ class PerExpert(nnx.Module):
 
     def __init__(self, num_experts: int, out: tuple[int, ...], num_in: int, *, axes: tuple, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        self.num_out_axes = len(out)
+        self.num_out_axes, self.in_panels = len(out), False
         self.kernel = Uncut(init(rngs.params(), (num_experts, *out, num_in), jnp.float32), axes=axes)
+
+    def put_in_panels(self, dtype) -> bool:
+        """Makes a layer of shapes expect its kernels, of this dtype, in panels where that is faster; whether it is."""
+        *_, num_in = shape = self.kernel.get_value().shape
+        self.in_panels = panels.suits(math.prod(shape[1:-1]), num_in, dtype)
+        return self.in_panels
 
     def __call__(self, x_RI, group_sizes_E, *, out_dtype):
         """`[R, *out]`; rows past the last group are zeros."""
@@ -59,7 +66,9 @@ class PerExpert(nnx.Module):
             kernel, first = kernel.stack, kernel.index * len(group_sizes_E)
         *out, num_in = kernel.shape[-1 - self.num_out_axes :]
         kernel_GOI = kernel.reshape(-1, math.prod(out), num_in)
-        y_RO = grouped_matmul(x_RI, kernel_GOI, group_sizes_E, first=first, out_dtype=out_dtype)
+        y_RO = grouped_matmul(
+            x_RI, kernel_GOI, group_sizes_E, first=first, out_dtype=out_dtype, in_panels=self.in_panels
+        )
         return y_RO.reshape(-1, *out)
 
 

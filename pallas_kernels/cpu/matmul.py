@@ -421,21 +421,14 @@ def linear(
     T, I = x_TI.shape
     O, gated = kernel.shape[-2], kernel.ndim - 2
     absent = jnp.zeros((0,), jnp.float32)
-    token_bytes = _token_bytes.py_func({jnp.int8: S8, jnp.bfloat16: BF16}.get(kernel.dtype.type))
-    kernel_bytes = 0.5 if kernel.dtype == jnp.int4 else kernel.dtype.itemsize
     if kernel.dtype == jnp.int4 and not (in_panels and supports_groups(x_TI, kernel_scale)):
         raise ValueError(f"an int4 kernel is multiplied in panels, in groups of {grouped.GROUP} with bfloat16 scales")
-    if in_panels:
-        block_rows, block_outs = _blocks_of_panels(T, I, O, gated, kernel_bytes, token_bytes)
-    else:
-        block_rows, block_outs = _blocks(T, I, O, gated, kernel_bytes)
-    panel_words = _panel_bytes.py_func(token_bytes, block_rows, I) // 4
-    words = THREAD_WORDS + _round_up(block_rows, 16) + panel_words + block_rows * block_outs * (1 + gated)
+    (block_rows, block_outs), words = blocks(T, I, O, gated, kernel.dtype, in_panels)
     y_TO, _ = jax.ffi.ffi_call(
         TARGET,
         [
             jax.ShapeDtypeStruct((T, O), out_dtype),
-            jax.ShapeDtypeStruct((HEAD_WORDS + num_threads * _round_up(words, 16),), jnp.float32),
+            jax.ShapeDtypeStruct((HEAD_WORDS + num_threads * words,), jnp.float32),
         ],
     )(
         x_TI,
@@ -446,6 +439,19 @@ def linear(
         ints=np.array([ACTIVATIONS[activation], gated, num_threads, block_rows, block_outs, in_panels], np.int32),
     )
     return y_TO
+
+
+def blocks(T, I, O, gated, dtype, in_panels) -> tuple[tuple[int, int], int]:
+    """Tokens and outputs a chunk, and float32 words of scratch a thread, for a kernel of this dtype."""
+    token_bytes = _token_bytes.py_func({jnp.int8: S8, jnp.bfloat16: BF16}.get(dtype.type))
+    kernel_bytes = 0.5 if dtype == jnp.int4 else dtype.itemsize
+    if in_panels:
+        rows, outs = _blocks_of_panels(T, I, O, gated, kernel_bytes, token_bytes)
+    else:
+        rows, outs = _blocks(T, I, O, gated, kernel_bytes)
+    panel_words = _panel_bytes.py_func(token_bytes, rows, I) // 4
+    words = THREAD_WORDS + _round_up(rows, 16) + panel_words + rows * outs * (1 + gated)
+    return (rows, outs), _round_up(words, 16)
 
 
 def _blocks(T, I, O, gated, itemsize):

@@ -12,7 +12,7 @@ from pallas_kernels import panels
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 93]
 SHAPE = dict(T=16, S=3)
-FAMILIES = ["llama31", "gemma3"]
+FAMILIES = ["llama31", "gemma3", "qwen3_moe"]
 
 
 @functools.cache

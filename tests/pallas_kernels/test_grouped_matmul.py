@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import grouped_matmul as module
+from pallas_kernels import panels
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 SIZES = {
@@ -31,12 +32,35 @@ def batch(sizes, rows=32, inputs=128, outputs=256, dtype=np.float32):
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox"])
+@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox", "cpu"])
 def test_matches_numpy(monkeypatch, sizes, implementation):
     interpreted = functools.partial(module.megablox, interpret=True)
     monkeypatch.setitem(module.IMPLEMENTATIONS, "megablox", interpreted)
     args, expected = batch(sizes)
     np.testing.assert_allclose(grouped_matmul(*args, implementation=implementation), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "megablox", "cpu"])
+def test_experts_are_found_among_those_of_other_layers(monkeypatch, implementation):
+    interpreted = functools.partial(module.megablox, interpret=True)
+    monkeypatch.setitem(module.IMPLEMENTATIONS, "megablox", interpreted)
+    (x, kernels, sizes), expected = batch(SIZES["padding rows"])
+    others = jnp.full_like(kernels, jnp.nan)
+    found = grouped_matmul(
+        x, jnp.concatenate([others, kernels, others]), sizes, first=jnp.int32(4), implementation=implementation
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["ragged_dot", "cpu"])
+@pytest.mark.parametrize("sizes", [SIZES["padding rows"], [1, 1, 0, 30]])
+def test_kernels_in_panels(implementation, sizes):
+    (x, kernels, sizes), _ = batch(sizes)
+    x, kernels = x.astype(jnp.bfloat16), kernels.astype(jnp.bfloat16)
+    expected = grouped_matmul(x, kernels, sizes, implementation="reference")
+    found = grouped_matmul(x, panels.pack(kernels), sizes, in_panels=True, implementation=implementation)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
 
 
 def test_bfloat16_accumulates_in_float32():
