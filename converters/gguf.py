@@ -185,7 +185,7 @@ def _hf_config(file, architecture) -> dict[str, Any]:
     values = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
     keys = Fields(values, f"{file.path}, {prefix}*")
     if keys.integer("expert_count", 0, low=0):
-        raise ConversionError(f"{file.path}: has experts; mixtures are not supported for {architecture.hf}")
+        raise ConversionError(f"{file.path}: has experts; mixtures are read from safetensors folders, not from GGUF")
     size, heads = keys.integer("embedding_length"), keys.integer("attention.head_count", high=2**12)
     hf = {
         "architectures": [architecture.hf],

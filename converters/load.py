@@ -10,7 +10,7 @@ import numpy as np
 from converters.checkpoint import Checkpoint
 from converters.parts import fill
 from converters.place import Made, place
-from converters.rules import ConversionError, Piece, match_tensors
+from converters.rules import ConversionError, Pieces, match_tensors
 
 Rounding = Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
@@ -67,7 +67,7 @@ def load_weights(
         return place(work, shapes, wheres, progress=progress, by_slabs=by_slabs, rooms=rooms)
 
 
-def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, list[Piece]]:
+def check_fits(checkpoint: Checkpoint, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Pieces]:
     """{weight: its tensors}, by names and shapes alone: no weight is read.
 
     Raises:

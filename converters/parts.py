@@ -6,13 +6,13 @@ megabytes at a time, and the strides in which they are copied to their place.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from converters.rules import ConversionError, Piece, Rule, TensorSource, match_tensors
+from converters.rules import ConversionError, Pieces, Rule, TensorSource, match_tensors
 
 Box = tuple[slice, ...]  # a part of an array: one slice with both ends for each axis
 BLOCK_BYTES = 4_000_000  # read at once; with what is made from it, what a thread holds beside the part
@@ -38,7 +38,7 @@ def convert(source: TensorSource, rules: list[Rule], shapes: Mapping[str, Any]) 
         yield name, whole
 
 
-def fill(part: np.ndarray, source: TensorSource, pieces: Iterable[Piece], box: Box) -> None:
+def fill(part: np.ndarray, source: TensorSource, pieces: Pieces, box: Box) -> None:
     """Sets part to parameter[box], in part's own dtype.
 
     Args:
@@ -47,7 +47,7 @@ def fill(part: np.ndarray, source: TensorSource, pieces: Iterable[Piece], box: B
     Raises:
         ConversionError: a tensor cannot be read, or holds what is no number or none that the dtype can hold.
     """
-    for piece in pieces:
+    for piece in pieces.near(box):
         if (met := meeting(piece.index, box)) is not None:
             inside, wanted = met
             _copy(part[(*inside, ...)], source, piece, wanted)

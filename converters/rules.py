@@ -12,8 +12,9 @@ All names and shapes are checked before a byte of data is read.
 import collections
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -73,9 +74,28 @@ class Piece:
     index: tuple
 
 
+class Pieces(list[Piece]):
+    """The pieces of one parameter, found by where they are: experts of many layers are thousands in one array."""
+
+    @functools.cached_property
+    def _by_place(self) -> tuple[int, dict[tuple, list[Piece]]]:
+        """How many axes number the pieces, and {numbers: those pieces}."""
+        leading = [next((i for i, at in enumerate(p.index) if isinstance(at, slice)), len(p.index)) for p in self]
+        depth, places = min(leading, default=0), collections.defaultdict(list)
+        for piece in self:
+            places[piece.index[:depth]].append(piece)
+        return depth, places
+
+    def near(self, box: Sequence[slice]) -> Iterator[Piece]:
+        """Those that may meet a part of the parameter, given as one slice with both ends for each axis."""
+        depth, places = self._by_place
+        for place in itertools.product(*(range(side.start, side.stop) for side in box[:depth])):
+            yield from places.get(place, ())
+
+
 def match_tensors(
     tensors: Mapping[str, TensorInfo], rules: list[Rule], shapes: Mapping[str, Any]
-) -> dict[str, list[Piece]]:
+) -> dict[str, Pieces]:
     """Finds the tensors of every parameter, and accounts for every tensor and every element.
 
     Args:
@@ -84,7 +104,7 @@ def match_tensors(
     Raises:
         ConversionError: no rule for a tensor, a wrong shape, a parameter left empty or filled twice.
     """
-    pieces = collections.defaultdict(list)
+    pieces = collections.defaultdict(Pieces)
     for name, info in tensors.items():
         matches = [(rule, match) for rule in rules if (match := rule.pattern.fullmatch(name))]
         if not matches:

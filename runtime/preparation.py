@@ -134,7 +134,7 @@ def _with_experts(plan: EnginePlan, config: Any) -> EnginePlan:
     if (mixture := mesh.mixture_of(config)) is None:
         return plan
     devices = plan.tensor_parallel_size
-    where = f"{mixture.num_experts // devices} whole ones a device" if mixture.whole else "a part of each on every device"
+    where = f"{mixture.num_experts // devices} whole ones a device" if mixture.whole else "a part of each a device"
     row = ("experts", f"{mixture.num_experts}", f"{mixture.per_token} a token" + (f"; {where}" if devices > 1 else ""))
     return dataclasses.replace(plan, reasons=(*plan.reasons, row))
 

@@ -24,6 +24,7 @@ from models.layers.stack import InStack, Uncut
 from pallas_kernels import panels
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import ACTIVATIONS
+from pallas_kernels.platform import current_platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,9 @@ class Experts(nnx.Module):
 
         order_R = jnp.argsort(experts_R)
         sizes_E = (experts_R[:, None] == jnp.arange(num_own)).sum(0, dtype=jnp.int32)
-        gate_up_R2F = self.gate_up(normed_TD[order_R // K], sizes_E, out_dtype=jnp.float32)
+        # Where gate and up are written to memory, they are rounded as Hugging Face's are: see pallas_kernels.linear.
+        written = jnp.float32 if current_platform() == "cpu" else x_TD.dtype
+        gate_up_R2F = self.gate_up(normed_TD[order_R // K], sizes_E, out_dtype=written).astype(jnp.float32)
         out_RF = self.activation(gate_up_R2F[:, 0]) * gate_up_R2F[:, 1]
         y_RD = self.down(out_RF.astype(x_TD.dtype), sizes_E, out_dtype=x_TD.dtype)
 

@@ -48,7 +48,7 @@ class Uncut(nnx.Param):
 class InStack:
     """What an Uncut weight holds while layers are scanned: the layers' stack, and which of them it is, int32.
 
-    For weights of which a step reads only some, as of experts. A kernel that is given one layer's would be given a copy.
+    For weights of which a step reads some, as of experts. A kernel that is given one layer's would be given a copy.
     """
 
     stack: Any

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.platform import current_device_kind
 from pallas_kernels.ragged_paged_attention import gpu_gather
 from pallas_kernels.ragged_paged_attention.gpu_plan import (
     TILE,
@@ -70,7 +71,7 @@ def attend(
     cache_PBCH = write(
         cache_PBCH, k_TKH, v_TKH, k_scale, v_scale, page_table_SM, row_T, position_T, live_T, page_offset
     )
-    kind = "H100" if interpret else _device_kind()
+    kind = "H100" if interpret else current_device_kind()
     if kernel_refusal(q_TNH, k_TKH, cache_PBCH, kind):
         scales = dict(k_scale=k_scale, v_scale=v_scale, page_offset=page_offset)
         out_TNH = gpu_gather.attend_pages(
@@ -118,11 +119,6 @@ def attend(
         from_decode = decode[jnp.minimum(row_T, decode.shape[0] - 1), 0]
         out_TNH = jnp.where((row_T < counts_2[0])[:, None, None], from_decode, from_chunk)
     return jnp.where(live_T[:, None, None], out_TNH, 0)[..., :H].astype(q_TNH.dtype), cache_PBCH
-
-
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
 
 
 def _row_tiles(num_tiles, num_rows, kv_lens_S, cu_q_lens_S1, counts_2, window):

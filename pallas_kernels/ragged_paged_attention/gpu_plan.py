@@ -2,11 +2,12 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.platform import HOPPER, is_hopper
+
 TILE = 64  # rows of one wgmma; also the tokens of a block of keys
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 NUM_BLOCKS = 264  # two blocks of threads for each of an H100's 132 multiprocessors
-HOPPER = ("H100", "H200", "GH200", "H800", "H20")
 
 
 def cache_shape(num_pages, page_size, num_kv_heads, head_dim) -> tuple[int, int, int, int]:
@@ -24,10 +25,6 @@ def refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
     if N % K or (B not in PAGE_SIZES and is_hopper(device_kind)):
         return kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
     return None
-
-
-def is_hopper(device_kind) -> bool:
-    return any(name in device_kind for name in HOPPER)
 
 
 def kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:

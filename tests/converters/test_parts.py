@@ -45,7 +45,7 @@ def every_part(checkpoint, stacked, monkeypatch, block_bytes=256):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("family", ["llama_biased", "qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["llama_biased", "qwen2", "gemma3", "qwen3_moe"])
 def test_a_part_is_what_the_whole_has_there(family, stacked, tmp_path, monkeypatch):
     every_part(open_checkpoint(tiny.make_checkpoint(family, tmp_path, shards=2)), stacked, monkeypatch)
 

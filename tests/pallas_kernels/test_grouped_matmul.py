@@ -5,6 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped_matmul as module
 from pallas_kernels import panels
@@ -31,19 +32,36 @@ def batch(sizes, rows=32, inputs=128, outputs=256, dtype=np.float32):
     return (jnp.asarray(x_TI), jnp.asarray(kernel_EOI), jnp.asarray(sizes, jnp.int32)), expected
 
 
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Kernels for devices that are not here run in Pallas's interpreters."""
+    races = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    for name, how in (("megablox", True), ("mosaic", races)):
+        monkeypatch.setitem(
+            module.IMPLEMENTATIONS, name, functools.partial(module.IMPLEMENTATIONS[name], interpret=how)
+        )
+
+
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox", "cpu"])
-def test_matches_numpy(monkeypatch, sizes, implementation):
-    interpreted = functools.partial(module.megablox, interpret=True)
-    monkeypatch.setitem(module.IMPLEMENTATIONS, "megablox", interpreted)
+def test_matches_numpy(sizes, implementation):
     args, expected = batch(sizes)
     np.testing.assert_allclose(grouped_matmul(*args, implementation=implementation), expected, atol=1e-5)
 
 
+# Tiles of 16 rows, of which the weights are the first operand, and of 64.
+@pytest.mark.parametrize("rows", [64, 96])
+@pytest.mark.parametrize("sizes", [[3, 0, 17, 1], [0, 64, 0, 0], [0, 0, 0, 0], [16, 0, 15, 0]])
+@pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
+def test_hopper_kernel_matches_numpy(rows, sizes, out_dtype):
+    args, expected = batch(sizes, rows, 192, dtype=jnp.bfloat16)
+    found = grouped_matmul(*args, out_dtype=out_dtype, implementation="mosaic")
+    assert found.dtype == out_dtype
+    np.testing.assert_allclose(found.astype(np.float32), expected, atol=1e-5, rtol=2**-8 * (out_dtype != jnp.float32))
+
+
 @pytest.mark.parametrize("implementation", ["reference", "megablox", "cpu"])
-def test_experts_are_found_among_those_of_other_layers(monkeypatch, implementation):
-    interpreted = functools.partial(module.megablox, interpret=True)
-    monkeypatch.setitem(module.IMPLEMENTATIONS, "megablox", interpreted)
+def test_experts_are_found_among_those_of_other_layers(implementation):
     (x, kernels, sizes), expected = batch(SIZES["padding rows"])
     others = jnp.full_like(kernels, jnp.nan)
     found = grouped_matmul(
@@ -60,7 +78,6 @@ def test_kernels_in_panels(implementation, sizes):
     expected = grouped_matmul(x, kernels, sizes, implementation="reference")
     found = grouped_matmul(x, panels.pack(kernels), sizes, in_panels=True, implementation=implementation)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
 
 
 def test_bfloat16_accumulates_in_float32():

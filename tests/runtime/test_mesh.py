@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from converters.families import FAMILIES
+from models.layers.experts import Mixture
 from runtime import machine, mesh
 from runtime.config import Memory
 from runtime.errors import ConfigError
@@ -146,6 +147,35 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(size, message):
     with pytest.raises(ConfigError) as refused:
         mesh.fit(CONFIG, size)
     assert message in str(refused.value) and "(of 1, 2, 4, 8, 16, 32)" in str(refused.value)
+
+
+def with_experts(**changes):
+    experts = Mixture(num_experts=12, per_token=2, ffn_size=768, normalised=True)
+    mixture = dataclasses.replace(experts, **changes)
+    return Mixed(num_heads=32, num_kv_heads=8, ffn_size=7, head_dim=128, mixture=mixture)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    num_heads: int
+    num_kv_heads: int
+    ffn_size: int
+    head_dim: int
+    mixture: Mixture
+
+
+def test_experts_are_divided_by_their_units_or_by_their_number():
+    parts, whole = with_experts(), mesh.with_whole_experts(with_experts())
+    assert whole.mixture.whole and mesh.fit(parts, 8) is parts and mesh.fit(whole, 4) is whole
+    with pytest.raises(ConfigError, match="8 does not divide 12 experts; 4 does"):
+        mesh.fit(whole, 8)
+    with pytest.raises(ConfigError, match="8 does not divide 100 feed-forward units of an expert; 4 does"):
+        mesh.fit(with_experts(ffn_size=100), 8)
+
+
+def test_a_model_without_experts_cannot_spread_them():
+    with pytest.raises(ConfigError, match="this model has none; leave it out"):
+        mesh.with_whole_experts(CONFIG)
 
 
 @pytest.mark.parametrize("method, parts", [("int4", "groups of 32"), ("int8", "rotated blocks of 64")])

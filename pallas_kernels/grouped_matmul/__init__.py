@@ -1,8 +1,8 @@
 """Grouped matmul: tokens sorted by expert, each run of them times its own expert's weights.
 
-`ragged_dot` is XLA's own (`jax.lax.ragged_dot_general`); `megablox` is the Pallas kernel that JAX ships for TPUs, which
-reads weights stored `[out, in]` as they lie and visits only tiles that hold tokens. `cpu` reads those of the experts that
-have rows; what XLA makes of a ragged dot there multiplies every row by every expert.
+`ragged_dot` is XLA's own (`jax.lax.ragged_dot_general`), which on CPUs and GPUs multiplies every row by every expert.
+`megablox` is the Pallas kernel that JAX ships for TPUs, which reads weights stored `[out, in]` as they lie and visits
+only tiles that hold tokens. `mosaic` (Hopper GPUs: gpu.py) and `cpu` also read only experts with rows.
 
 Source: Gale et al. 2022, arXiv 2211.15841 (block-sparse experts without capacity limits).
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import cpu, panels
-from pallas_kernels.platform import current_platform
+from pallas_kernels.platform import current_device_kind, current_platform, is_hopper
 
 MEGABLOX_ROWS = 128  # rows of a tile; fewer tokens are padded up to one tile
 MEGABLOX_WIDTH = 1536  # inputs or outputs of a tile at most; wider ones would not fit the vector memory twice
@@ -41,7 +41,7 @@ def grouped_matmul(
     Raises:
         ValueError: shapes do not fit together, or the implementation is unknown or does not take them.
     """
-    (T, I), (G, O, kernel_I), (E,) = x_TI.shape, kernel_GOI.shape, group_sizes_E.shape
+    (T, I), (G, _, kernel_I), (E,) = x_TI.shape, kernel_GOI.shape, group_sizes_E.shape
     if kernel_I != I or E > G or (first is None and E != G):
         raise ValueError(
             f"rows {x_TI.shape}, kernels {kernel_GOI.shape} and group sizes {group_sizes_E.shape} do not fit: kernels "
@@ -50,58 +50,66 @@ def grouped_matmul(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
     name = implementation or _fastest(x_TI, kernel_GOI)
+    options = {"in_panels": in_panels} if name == "cpu" else {}
     if in_panels and name != "cpu":
         kernel_GOI = panels.unpack(kernel_GOI)
-    if name == "cpu":
-        out_TO = _cpu(x_TI, kernel_GOI, group_sizes_E, out_dtype, 0 if first is None else first, in_panels)
-    elif first is None:
-        out_TO = IMPLEMENTATIONS[name](x_TI, kernel_GOI, group_sizes_E, out_dtype)
-    elif name == "megablox":  # it reads no kernel of an empty group
-        sizes_G = lax.dynamic_update_slice(jnp.zeros(G, group_sizes_E.dtype), group_sizes_E, (first,))
-        out_TO = IMPLEMENTATIONS[name](x_TI, kernel_GOI, sizes_G, out_dtype)
-    else:
-        kernel_EOI = lax.dynamic_slice_in_dim(kernel_GOI, first, E)
-        out_TO = IMPLEMENTATIONS[name](x_TI, kernel_EOI, group_sizes_E, out_dtype)
+    out_TO = IMPLEMENTATIONS[name](x_TI, kernel_GOI, group_sizes_E.astype(jnp.int32), first, out_dtype, **options)
     live_T = jnp.arange(T) < group_sizes_E.sum()
     return jnp.where(live_T[:, None], out_TO, 0)
 
 
-def reference(x_TI, kernel_EOI, group_sizes_E, out_dtype):
+def reference(x_TI, kernel_GOI, group_sizes_E, first, out_dtype):
     """Every expert on every row, then each row picks its own."""
+    kernel_EOI = _cut(kernel_GOI, first, len(group_sizes_E))
     group_T = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(x_TI.shape[0]), side="right")
     group_T = jnp.minimum(group_T, kernel_EOI.shape[0] - 1)
     all_ETO = jnp.einsum("TI,EOI->ETO", x_TI, kernel_EOI, preferred_element_type=jnp.float32, precision="highest")
     return jnp.take_along_axis(all_ETO, group_T[None, :, None], axis=0)[0].astype(out_dtype)
 
 
-def ragged_dot(x_TI, kernel_EOI, group_sizes_E, out_dtype):
+def ragged_dot(x_TI, kernel_GOI, group_sizes_E, first, out_dtype):
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
-    out_TO = lax.ragged_dot_general(
-        x_TI, kernel_EOI, group_sizes_E.astype(jnp.int32), numbers, preferred_element_type=jnp.float32
-    )
+    kernel_EOI = _cut(kernel_GOI, first, len(group_sizes_E))
+    out_TO = lax.ragged_dot_general(x_TI, kernel_EOI, group_sizes_E, numbers, preferred_element_type=jnp.float32)
     return out_TO.astype(out_dtype)
 
 
-def megablox(x_TI, kernel_EOI, group_sizes_E, out_dtype, interpret=False):
+def _cut(kernel_GOI, first, num_experts):
+    return kernel_GOI if first is None else lax.dynamic_slice_in_dim(kernel_GOI, first, num_experts)
+
+
+def megablox(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # imports the TPU compiler's front end
 
-    (T, I), O = x_TI.shape, kernel_EOI.shape[1]
+    (T, I), O = x_TI.shape, kernel_GOI.shape[1]
     reason = megablox_refusal(I, O)
     if reason:
         raise ValueError(reason)
+    if first is not None:  # it reads no kernel of an empty group
+        sizes_G = jnp.zeros(len(kernel_GOI), jnp.int32)
+        group_sizes_E = lax.dynamic_update_slice(sizes_G, group_sizes_E, (first,))
     x_TI = jnp.pad(x_TI, ((0, -T % MEGABLOX_ROWS), (0, 0)))
     out_TO = gmm(
         x_TI,
-        kernel_EOI,
-        group_sizes_E.astype(jnp.int32),
+        kernel_GOI,
+        group_sizes_E,
         preferred_element_type=out_dtype,
         tiling=(MEGABLOX_ROWS, _tile(I), _tile(O)),
         transpose_rhs=True,
         interpret=interpret,
     )
     return out_TO[:T]
+
+
+def mosaic(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, interpret=False):
+    from pallas_kernels.grouped_matmul import gpu  # imports Mosaic GPU
+
+    if reason := gpu.refusal(x_TI, kernel_GOI):
+        raise ValueError(reason)
+    first = 0 if first is None else first
+    return gpu.multiply(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, interpret=interpret)
 
 
 def megablox_refusal(num_inputs, num_outputs) -> str | None:
@@ -118,11 +126,11 @@ def _tile(width) -> int:
     return max(tile for tile in range(128, MEGABLOX_WIDTH + 1, 128) if width % tile == 0)
 
 
-def _cpu(x_TI, kernel_GOI, group_sizes_E, out_dtype, first=0, in_panels=False):
+def _cpu(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, in_panels=False):
     from pallas_kernels.cpu import experts
 
     return experts.multiply(
-        x_TI, kernel_GOI, group_sizes_E, first,
+        x_TI, kernel_GOI, group_sizes_E, 0 if first is None else first,
         out_dtype=out_dtype, num_threads=cpu.register().num_threads, in_panels=in_panels,
     )  # fmt: skip
 
@@ -131,12 +139,17 @@ def _fastest(x_TI, kernel_GOI) -> str:
     platform = current_platform()
     if platform == "tpu" and megablox_refusal(x_TI.shape[1], kernel_GOI.shape[1]) is None:
         return "megablox"
+    if platform == "gpu" and is_hopper(current_device_kind()):
+        from pallas_kernels.grouped_matmul import gpu
+
+        return "ragged_dot" if gpu.refusal(x_TI, kernel_GOI) else "mosaic"
     if platform == "cpu" and cpu.is_available():
         from pallas_kernels.cpu import matmul
 
-        if matmul.supports(x_TI, kernel_GOI):
-            return "cpu"
+        return "cpu" if matmul.supports(x_TI, kernel_GOI) else "ragged_dot"
     return "ragged_dot"
 
 
-IMPLEMENTATIONS = {"reference": reference, "ragged_dot": ragged_dot, "megablox": megablox, "cpu": _cpu}
+IMPLEMENTATIONS = {
+    "reference": reference, "ragged_dot": ragged_dot, "megablox": megablox, "mosaic": mosaic, "cpu": _cpu
+}  # fmt: skip

@@ -1,0 +1,142 @@
+"""Grouped matmul on a Hopper GPU: a Mosaic GPU kernel over tiles of rows of one expert each.
+
+Rows are laid out so that no tile has rows of two experts: a tile then reads one expert's weights, as they lie, and what
+it writes is its own. Rows and weights come by TMA into a ring of buffers, a product of them is a `wgmma`. XLA lays the
+rows out before, and picks each row's answer afterwards.
+
+A `wgmma` takes 64 rows of its first operand and as few as 8 columns of its second. Where experts have few rows each, as
+in decode steps, the weights are the first: tiles have 16 rows, and answers come out turned.
+
+Compared with ragged_dot_mgpu of jax.experimental.pallas.ops.gpu, which finds each tile's expert by a chain of
+selections as long as there are experts.
+
+Dimension key
+    T  rows, sorted by expert     I  inputs     O  outputs     E  experts     G  kernels     N  tiles
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS, FEW_ROWS = 64, 16  # of a tile
+INPUTS = 64  # of a buffer: a swizzled line of bfloat16
+OUTPUTS = (128, 64)  # of a tile: the first that divides a kernel's
+STAGES = 6  # buffers of the ring: of 128 outputs 144 KiB, beside 16 of answers
+NO_EXPERT = -1
+
+
+def refusal(x_TI, kernel_GOI) -> str | None:
+    """Why the kernel cannot run this on a Hopper GPU; None when it can."""
+    O, I = kernel_GOI.shape[1:]
+    if x_TI.dtype != kernel_GOI.dtype or x_TI.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"rows of {x_TI.dtype} and kernels of {kernel_GOI.dtype}; it takes both in bfloat16 or float16"
+    if I % INPUTS or O % OUTPUTS[-1]:
+        return f"{I} inputs and {O} outputs are not whole blocks of {INPUTS}"
+    return None
+
+
+def multiply(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, *, interpret=False):
+    """See `pallas_kernels.grouped_matmul`; first is the number of expert 0's kernel. Padding rows hold anything."""
+    (T, I), O = x_TI.shape, kernel_GOI.shape[1]
+    turned = T <= FEW_ROWS * len(group_sizes_E)
+    tiles = _Tiles.of(group_sizes_E, T, FEW_ROWS if turned else ROWS)
+    outputs = next(size for size in OUTPUTS if O % size == 0)
+    kernel_N = jnp.where(tiles.expert_N == NO_EXPERT, NO_EXPERT, tiles.expert_N + first).astype(jnp.int32)
+    run = _kernel(*tiles.row_NR.shape, I, O, outputs, turned, x_TI.dtype, out_dtype, interpret)
+    y = run(kernel_N, x_TI[tiles.row_NR.reshape(-1)], kernel_GOI)
+    return y[:, tiles.place_T].T if turned else y[tiles.place_T]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """How rows lie in tiles.
+
+    Attributes:
+        expert_N: each tile's, or NO_EXPERT.
+        row_NR: the row that stands in each of a tile's places; past an expert's last any.
+        place_T: where each row stands among all tiles' places.
+    """
+
+    expert_N: jax.Array
+    row_NR: jax.Array
+    place_T: jax.Array
+
+    @classmethod
+    def of(cls, sizes_E, T, rows) -> "_Tiles":
+        """Args: rows: of a tile."""
+        E = len(sizes_E)
+        num_tiles = T // rows + min(E, T)  # each expert that has rows leaves one tile unfilled at most
+        tiles_E = -(-sizes_E // rows)
+        last_row_E, last_tile_E = jnp.cumsum(sizes_E), jnp.cumsum(tiles_E)
+        first_row_E, first_tile_E = last_row_E - sizes_E, last_tile_E - tiles_E
+        expert_of = lambda last_E, numbers: (last_E <= numbers[:, None]).sum(1, dtype=jnp.int32)
+        tile_N, row_T = jnp.arange(num_tiles, dtype=jnp.int32), jnp.arange(T, dtype=jnp.int32)
+        expert_N, expert_T = expert_of(last_tile_E, tile_N), jnp.minimum(expert_of(last_row_E, row_T), E - 1)
+        known_N = jnp.minimum(expert_N, E - 1)
+        start_N = first_row_E[known_N] + (tile_N - first_tile_E[known_N]) * rows
+        row_NR = jnp.clip(start_N[:, None] + jnp.arange(rows), 0, T - 1)
+        place_T = first_tile_E[expert_T] * rows + row_T - first_row_E[expert_T]
+        return cls(jnp.where(expert_N < E, expert_N, NO_EXPERT), row_NR, jnp.minimum(place_T, num_tiles * rows - 1))
+
+
+# Layers share one trace of this, and so one lowering of the kernel.
+@functools.cache
+def _kernel(num_tiles, rows, I, O, outputs, turned, dtype, out_dtype, interpret):
+    tiled, width = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)), 128 // jnp.dtype(out_dtype).itemsize
+    out_tiled = () if turned else (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))
+    stages, shape = min(STAGES, I // INPUTS), (num_tiles * rows, O)
+    return plgpu.kernel(
+        functools.partial(_multiply_tile, steps=I // INPUTS, stages=stages, turned=turned),
+        out_type=jax.ShapeDtypeStruct(shape[::-1] if turned else shape, out_dtype),
+        grid=(O // outputs, num_tiles),
+        grid_names=("column", "tile"),
+        scratch_types=dict(
+            x_smem=plgpu.SMEM((stages, rows, INPUTS), dtype, transforms=tiled),
+            kernel_smem=plgpu.SMEM((stages, outputs, INPUTS), dtype, transforms=tiled),
+            out_smem=plgpu.SMEM((outputs, rows) if turned else (rows, outputs), out_dtype, transforms=out_tiled),
+            barriers=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ),
+        interpret=interpret,
+    )
+
+
+def _multiply_tile(kernels_N, x, kernel, out, *, x_smem, kernel_smem, out_smem, barriers, steps, stages, turned):
+    tile, column = lax.axis_index("tile"), lax.axis_index("column")
+    number, block = kernels_N[tile], lambda i, size: pl.ds(pl.multiple_of(i * size, size), size)
+    rows, outs = block(tile, x_smem.shape[1]), block(column, kernel_smem.shape[1])
+
+    def fetch(step, slot):
+        inputs = block(step, INPUTS)
+        plgpu.copy_gmem_to_smem(x.at[rows, inputs], x_smem.at[slot], barriers.at[slot])
+        plgpu.copy_gmem_to_smem(kernel.at[number, outs, inputs], kernel_smem.at[slot], barriers.at[slot])
+
+    @pl.when(number != NO_EXPERT)
+    def _tile():
+        for slot in range(stages):
+            fetch(jnp.int32(slot), slot)
+
+        def multiply(sums_ref):
+            def one(step, _):
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(barriers.at[slot])
+                first, second = (kernel_smem, x_smem) if turned else (x_smem, kernel_smem)
+                plgpu.wgmma(sums_ref, first.at[slot], second.at[slot].T)
+                plgpu.wgmma_wait(1)  # the product before is done, and its buffer free
+
+                @pl.when((step > 0) & (step - 1 + stages < steps))
+                def _next():
+                    fetch(step - 1 + stages, lax.rem(step - 1, stages))
+
+            lax.fori_loop(0, steps, one, None)
+            return sums_ref[...]
+
+        sums = pl.run_scoped(multiply, plgpu.ACC(out_smem.shape, jnp.float32))
+        out_smem[...] = sums.astype(out_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out.at[outs, rows] if turned else out.at[rows, outs])
+        plgpu.wait_smem_to_gmem(0)
