@@ -93,9 +93,7 @@ class Pieces(list[Piece]):
             yield from places.get(place, ())
 
 
-def match_tensors(
-    tensors: Mapping[str, TensorInfo], rules: list[Rule], shapes: Mapping[str, Any]
-) -> dict[str, Pieces]:
+def match_tensors(tensors: Mapping[str, TensorInfo], rules: list[Rule], shapes: Mapping[str, Any]) -> dict[str, Pieces]:
     """Finds the tensors of every parameter, and accounts for every tensor and every element.
 
     Args:

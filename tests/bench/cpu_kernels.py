@@ -1,7 +1,8 @@
-"""Times the CPU kernels beside XLA's own products: python -m tests.bench.cpu_kernels [--tokens 1 8 32].
+"""Times the CPU kernels beside XLA's own products: python -m tests.bench.cpu_kernels [--tokens 1 8 32] [--experts].
 
 Shapes are SmolLM2-135M's. A line is all layers' weights of one kind, each with memory of its own, so that a
 decode step streams from memory as it does in a server. Cells are GB/s of weights (GFLOP/s), the best of several.
+With --experts instead: rows that go to experts at random, and GB/s of the weights of those that have rows.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cpu
+from pallas_kernels import cpu, panels
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import linear
 
 SHAPES = {"qkv": (960, 576), "o": (576, 576), "gate_up": (2, 1536, 576), "down": (576, 1536), "head": (49152, 576)}
@@ -36,14 +38,37 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--experts", action="store_true", help="time products with experts, in milliseconds")
     args = parser.parse_args()
     threads = cpu.register().num_threads
     print(f"jax {jax.__version__}  {os.cpu_count()} CPUs  {threads} threads  {datetime.date.today()}")
+    if args.experts:
+        return experts()
     print(f"{'shape':>10} {'tokens':>6} " + " ".join(f"{name:>16}" for name in args.columns))
     for shape in args.shapes:
         for tokens in args.tokens:
             cells = [cell(shape, tokens, 1 if shape == "head" else args.layers, *COLUMNS[c]) for c in args.columns]
             print(f"{shape:>10} {tokens:>6} " + " ".join(f"{c:>16}" for c in cells), flush=True)
+
+
+def experts(num_experts=32, outputs=1024, inputs=1024):
+    """Prints what XLA's ragged dot takes and what our kernel does, for a few rows and for many."""
+    rng = np.random.default_rng(0)
+    size = (num_experts, outputs, inputs)
+    kernels = jnp.asarray(rng.standard_normal(size, dtype=np.float32) * 0.05, jnp.bfloat16)
+    columns = {"XLA": ("ragged_dot", kernels, False), "ours": ("cpu", panels.pack(kernels), True)}
+    print(
+        f"bfloat16 {size}\n{'rows':>10} {'experts':>8} " + " ".join(f"{name + ', ms (GB/s)':>20}" for name in columns)
+    )
+    for rows in (8, 64, 1024):
+        sizes = np.bincount(rng.integers(0, num_experts, rows), minlength=num_experts).astype(np.int32)
+        x, reached = jnp.ones((rows, inputs), jnp.bfloat16), int((sizes > 0).sum())
+        cells = []
+        for implementation, stored, in_panels in columns.values():
+            run = jax.jit(functools.partial(grouped_matmul, implementation=implementation, in_panels=in_panels))
+            seconds = best(lambda run=run, stored=stored: run(x, stored, sizes).block_until_ready(), repeats=7)
+            cells.append(f"{1e3 * seconds:.2f} ({reached * outputs * inputs * 2 / seconds / 1e9:.1f})")
+        print(f"{rows:>10} {reached:>8} " + " ".join(f"{c:>20}" for c in cells), flush=True)
 
 
 def cell(shape, tokens, layers, implementation, dtype, in_panels=False):

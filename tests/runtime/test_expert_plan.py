@@ -1,24 +1,18 @@
 """What is planned for a mixture of experts, and what is refused before anything is read."""
 
-import types
-
 import pytest
 import tiny
 
 from converters.checkpoint import open_checkpoint
-from runtime.config import EngineConfig, Memory
+from runtime import machine
+from runtime.config import EngineConfig
 from runtime.errors import ConfigError
-from runtime.machine import Machine
 from runtime.preparation import prepare
-
-GIB = 2**30
 
 
 def planned(folder, family, **wishes):
-    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", process_index=0)
-    machine = Machine("gpu", (device,), Memory(32 * GIB, 32 * GIB), is_here=False)
     checkpoint = open_checkpoint(tiny.make_checkpoint(family, folder))
-    return prepare(EngineConfig(model=str(folder), **wishes), checkpoint, machine)  # type: ignore[arg-type]
+    return prepare(EngineConfig(model=str(folder), **wishes), checkpoint, machine.here())
 
 
 def test_the_plan_tells_of_experts(tmp_path):
