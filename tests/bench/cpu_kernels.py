@@ -66,7 +66,7 @@ def experts(num_experts=32, outputs=1024, inputs=1024):
         cells = []
         for implementation, stored, in_panels in columns.values():
             run = jax.jit(functools.partial(grouped_matmul, implementation=implementation, in_panels=in_panels))
-            seconds = best(lambda run=run, stored=stored: run(x, stored, sizes).block_until_ready(), repeats=7)
+            seconds = best(lambda args=(x, stored, sizes), run=run: run(*args).block_until_ready(), repeats=7)
             cells.append(f"{1e3 * seconds:.2f} ({reached * outputs * inputs * 2 / seconds / 1e9:.1f})")
         print(f"{rows:>10} {reached:>8} " + " ".join(f"{c:>20}" for c in cells), flush=True)
 

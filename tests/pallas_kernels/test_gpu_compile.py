@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention
 
 pytestmark = pytest.mark.gpu
@@ -29,6 +30,31 @@ CASES = {
 OPTIONS = {
     "window, soft cap, sinks, large pages": dict(window=1000, soft_cap=30.0, sinks_N=np.zeros(32, np.float32)),
 }
+
+
+# Rows, kernels, experts, outputs, inputs: of Qwen3-30B-A3B and Mixtral-8x7B, decodes and chunks.
+EXPERTS = {
+    "64 tokens, gate and up": (512, 48 * 128, 128, 1536, 2048, "bfloat16"),
+    "64 tokens, down": (512, 48 * 128, 128, 2048, 768, "bfloat16"),
+    "2,048 tokens, down": (4096, 8, 8, 4096, 14336, "bfloat16"),
+    "float32 answers": (4096, 8, 8, 4096, 14336, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_compile_and_are_not_copied(name, tmp_path):
+    T, G, E, O, I, out_dtype = EXPERTS[name]
+    array = jax.ShapeDtypeStruct
+    shapes = [array((T, I), jnp.bfloat16), array((G, O, I), jnp.bfloat16), array((E,), jnp.int32)]
+    multiply = functools.partial(grouped_matmul, first=jnp.int32(0), out_dtype=jnp.dtype(out_dtype))
+    executable, _ = absent_gpu.compile_for_h100(multiply, shapes, dump=tmp_path)
+    assert executable.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
+    # Rows in whole tiles, and their answers; of no expert more than that.
+    assert executable.memory_analysis().temp_size_in_bytes < 3 * (T + 64 * E) * (2 * I + 4 * O)
+    if absent_gpu.assembler() is None:
+        return
+    (kernel,) = absent_gpu.kernels(tmp_path)
+    assert kernel.spilled_bytes == 0 and kernel.registers <= 128 and kernel.shared_bytes <= 227 * 1024
 
 
 @pytest.mark.parametrize("name", CASES)
