@@ -61,16 +61,15 @@ class PerExpert(nnx.Module):
         return self.in_panels
 
     def __call__(self, x_RI, group_sizes_E, *, out_dtype):
-        """`[R, *out]`; rows past the last group are zeros."""
+        """`[R, outputs]`, all axes of them in one; rows past the last group are zeros."""
         kernel, first = self.kernel.get_value(), None
         if isinstance(kernel, InStack):
             kernel, first = kernel.stack, kernel.index * len(group_sizes_E)
         *out, num_in = kernel.shape[-1 - self.num_out_axes :]
         kernel_GOI = kernel.reshape(-1, math.prod(out), num_in)
-        y_RO = grouped_matmul(
+        return grouped_matmul(
             x_RI, kernel_GOI, group_sizes_E, first=first, out_dtype=out_dtype, in_panels=self.in_panels
         )
-        return y_RO.reshape(-1, *out)
 
 
 class Experts(nnx.Module):
@@ -103,8 +102,9 @@ class Experts(nnx.Module):
         sizes_E = (experts_R[:, None] == jnp.arange(num_own)).sum(0, dtype=jnp.int32)
         # Where gate and up are written to memory, they are rounded as Hugging Face's are: see pallas_kernels.linear.
         written = jnp.float32 if current_platform() == "cpu" else x_TD.dtype
-        gate_up_R2F = self.gate_up(normed_TD[order_R // K], sizes_E, out_dtype=written).astype(jnp.float32)
-        out_RF = self.activation(gate_up_R2F[:, 0]) * gate_up_R2F[:, 1]
+        both_RO = self.gate_up(normed_TD[order_R // K], sizes_E, out_dtype=written)
+        gate_RF, up_RF = (half_RF.astype(jnp.float32) for half_RF in jnp.split(both_RO, 2, axis=1))
+        out_RF = self.activation(gate_RF) * up_RF
         y_RD = self.down(out_RF.astype(x_TD.dtype), sizes_E, out_dtype=x_TD.dtype)
 
         y_TKD = y_RD[jnp.argsort(order_R)].reshape(T, K, -1)

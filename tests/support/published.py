@@ -101,7 +101,14 @@ class Build:
     has_chunk: bool = True
 
     def __str__(self):
-        return " ".join([self.model, "on", self.target, *(str(value) for value in self.options.values())])
+        return " ".join(
+            [
+                self.model,
+                "on",
+                self.target,
+                *(name if value is True else str(value) for name, value in self.options.items()),
+            ]
+        )
 
 
 TPU = [
