@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.platform import current_device_kind
 from pallas_kernels.ragged_paged_attention import tpu_plan
 from pallas_kernels.ragged_paged_attention.reference import MASKED, store
 from pallas_kernels.ragged_paged_attention.tpu_plan import LANES, Blocks, cache_shape, refusal
@@ -36,7 +37,7 @@ QUERY_GROUP = 16  # query tokens laid out at once; rows of a group start at a wh
 
 
 def supports(q_TNH, k_TKH, cache_PBCH) -> bool:
-    return refusal(q_TNH, k_TKH, cache_PBCH, device_kind=_device_kind()) is None
+    return refusal(q_TNH, k_TKH, cache_PBCH, device_kind=current_device_kind()) is None
 
 
 def attend(
@@ -69,7 +70,7 @@ def attend(
     Raises:
         ValueError: the shapes or dtypes are not among those of `refusal`, which words the message.
     """
-    device_kind = _device_kind()
+    device_kind = current_device_kind()
     reason = refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM, device_kind)
     if reason:
         raise ValueError(reason)
@@ -130,11 +131,6 @@ def _new_keys_and_values(k_TKH, v_TKH, cache_PBCH, k_scale, v_scale):
     _, _, C, cache_H = cache_PBCH.shape
     new_TCH = jnp.stack([store(k_TKH, k_scale, cache_PBCH), store(v_TKH, v_scale, cache_PBCH)], 2).reshape(T, 2 * K, H)
     return jnp.pad(new_TCH, ((0, 0), (0, C - 2 * K), (0, cache_H - H)))
-
-
-def _device_kind() -> str:
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
 
 
 def _vmem_limit(sizes, q_TNH, k_TKH, cache_PBCH, device_kind) -> int:

@@ -105,19 +105,21 @@ def a_row_late(sizes_E):
 
 
 ERRORS = {
-    "a row takes the expert before its own": lambda run: lambda x, kernel, sizes: run(x, kernel, a_row_late(sizes)),
-    "experts are rolled": lambda run: lambda x, kernel, sizes: run(x, jnp.roll(kernel, 1, axis=0), sizes),
-    "the last inputs are left out": lambda run: lambda x, kernel, sizes: run(x.at[:, -1].set(0), kernel, sizes),
+    "a row takes the expert before its own": lambda run: (
+        lambda x, kernel, sizes, *rest, **options: run(x, kernel, a_row_late(sizes), *rest)
+    ),
+    "experts are rolled": lambda run: (
+        lambda x, kernel, *rest, **options: run(x, jnp.roll(kernel, 1, axis=0), *rest, **options)
+    ),
+    "the last inputs are left out": lambda run: lambda x, *rest, **options: run(x.at[:, -1].set(0), *rest, **options),
 }
 
 
 @pytest.mark.parametrize("fault", ERRORS.values(), ids=ERRORS)
-@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox"])
+@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox", "mosaic", "cpu"])
 def test_planted_error_is_noticed(monkeypatch, implementation, fault):
-    run = module.IMPLEMENTATIONS[implementation]
-    run = functools.partial(run, interpret=True) if implementation == "megablox" else run
-    monkeypatch.setitem(module.IMPLEMENTATIONS, implementation, fault(run))
-    args, expected = batch(SIZES["even"])
+    monkeypatch.setitem(module.IMPLEMENTATIONS, implementation, fault(module.IMPLEMENTATIONS[implementation]))
+    args, expected = batch(SIZES["even"], dtype=jnp.bfloat16)
     got = grouped_matmul(*args, implementation=implementation)
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(got, expected, atol=1e-5)
