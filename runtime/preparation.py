@@ -15,7 +15,7 @@ import numpy as np
 
 from converters.checkpoint import Checkpoint
 from models.interface import abstract, bind, logical_axes
-from pallas_kernels import cpu
+from pallas_kernels import cpu, grouped_matmul
 from pallas_kernels.ragged_paged_attention import cache_shape, planning
 from runtime import formats, mesh, step_state
 from runtime.batch import StepLayout
@@ -93,7 +93,7 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
         dtype=dtype,
     )
     plan = _with_attention(plan, machine, layout.config.num_heads, specs)
-    plan = _with_experts(plan, layout.config)
+    plan = _with_experts(plan, machine, layout.config)
     caches = cache_shapes(specs, plan)
     programs = programs_for(graph, shapes, plan, caches, layout)
     # The model's own config: what a mesh makes of it follows, and a start looks for what is kept of the same model.
@@ -129,14 +129,27 @@ def _with_attention(plan: EnginePlan, machine: Machine, num_heads: int, specs) -
     return dataclasses.replace(plan, reasons=(*plan.reasons, ("attention", plan.platform, attends)))
 
 
-def _with_experts(plan: EnginePlan, config: Any) -> EnginePlan:
-    """The plan, with where a model's experts are among its reasons."""
+def _with_experts(plan: EnginePlan, machine: Machine, config: Any) -> EnginePlan:
+    """The plan, with where a model's experts are among its reasons, and what multiplies by them.
+
+    Raises:
+        ConfigError: a device's part of an expert is none that its kernel takes.
+    """
     if (mixture := mesh.mixture_of(config)) is None:
         return plan
-    devices = plan.tensor_parallel_size
+    devices, kind = plan.tensor_parallel_size, machine.devices[0].device_kind
+    ffn_size = mixture.ffn_size // (1 if mixture.whole else devices)
+    unit, kernel = grouped_matmul.check(plan.platform, kind, config.hidden_size, ffn_size, plan.dtype)
+    if unit is not None and devices > 1:
+        sizes = [n for n in mesh.fitting_sizes(config) if mixture.ffn_size // n % unit == 0]
+        smaller = f", or tensor_parallel_size {max(sizes)}" if sizes else ""
+        raise ConfigError(
+            f"tensor_parallel_size {devices} gives each device {ffn_size} of an expert's {mixture.ffn_size} "
+            f"feed-forward units, and {kernel} takes whole {unit}s of them; use enable_expert_parallel{smaller}"
+        )
     where = f"{mixture.num_experts // devices} whole ones a device" if mixture.whole else "a part of each a device"
-    row = ("experts", f"{mixture.num_experts}", f"{mixture.per_token} a token" + (f"; {where}" if devices > 1 else ""))
-    return dataclasses.replace(plan, reasons=(*plan.reasons, row))
+    why = f"{mixture.per_token} a token" + (f"; {where}" if devices > 1 else "") + f"; multiplied by {kernel}"
+    return dataclasses.replace(plan, reasons=(*plan.reasons, ("experts", f"{mixture.num_experts}", why)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,6 +135,20 @@ def _cpu(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, in_panels=False):
     )  # fmt: skip
 
 
+def check(platform: str, device_kind: str, hidden_size: int, ffn_size: int, dtype: str) -> tuple[int | None, str]:
+    """What multiplies experts of these widths, for when an engine is planned.
+
+    Returns:
+        what the feed-forward units must be whole numbers of, when they are not and only XLA's ragged dot would be left
+        where there is a kernel; else None. And the implementation.
+    """
+    if platform == "tpu":
+        return (128 if ffn_size % 128 else None), "megablox" if hidden_size % 128 == 0 else "ragged_dot"
+    if platform == "gpu" and is_hopper(device_kind) and dtype in ("bfloat16", "float16"):
+        return (64 if ffn_size % 64 else None), "mosaic" if hidden_size % 64 == 0 else "ragged_dot"
+    return None, "cpu" if platform == "cpu" and cpu.is_available() else "ragged_dot"
+
+
 def _fastest(x_TI, kernel_GOI) -> str:
     platform = current_platform()
     if platform == "tpu" and megablox_refusal(x_TI.shape[1], kernel_GOI.shape[1]) is None:

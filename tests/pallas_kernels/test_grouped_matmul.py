@@ -106,7 +106,7 @@ def a_row_late(sizes_E):
 
 ERRORS = {
     "a row takes the expert before its own": lambda run: (
-        lambda x, kernel, sizes, *rest, **options: run(x, kernel, a_row_late(sizes), *rest)
+        lambda x, kernel, sizes, *rest, **options: run(x, kernel, a_row_late(sizes), *rest, **options)
     ),
     "experts are rolled": lambda run: (
         lambda x, kernel, *rest, **options: run(x, jnp.roll(kernel, 1, axis=0), *rest, **options)

@@ -1,13 +1,49 @@
 """What is planned for a mixture of experts, and what is refused before anything is read."""
 
+import dataclasses
+
 import pytest
 import tiny
 
 from converters.checkpoint import open_checkpoint
 from runtime import machine
-from runtime.config import EngineConfig
+from runtime.config import EngineConfig, Memory
 from runtime.errors import ConfigError
+from runtime.machine import Machine
 from runtime.preparation import prepare
+
+
+@dataclasses.dataclass(eq=False)
+class Device:
+    platform: str
+    device_kind: str
+    process_index: int = 0
+
+
+def on_devices(folder, platform, kind, number, **wishes):
+    """Planned for devices that are not here; each has a name and nothing else."""
+    devices = tuple(Device(platform, kind) for _ in range(number))
+    changes = {"moe_intermediate_size": 768, "hidden_size": 128, "num_attention_heads": 32, "num_key_value_heads": 8}
+    checkpoint = open_checkpoint(tiny.make_checkpoint("qwen3_moe", folder, **changes))
+    there = Machine(platform, devices, Memory(2**35, 2**35), is_here=False)
+    wishes = {"tensor_parallel_size": number, "dtype": "bfloat16", "max_model_len": 256} | wishes
+    return prepare(EngineConfig(model=str(folder), **wishes), checkpoint, there)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "says"),
+    [
+        ("tpu", "TPU v6 lite", r"96 of an expert's 768 .* megablox .* whole 128s .* or tensor_parallel_size 2$"),
+        (
+            "gpu",
+            "NVIDIA H100 80GB HBM3",
+            r"96 of an expert's 768 .* mosaic .* whole 64s .* or tensor_parallel_size 4$",
+        ),
+    ],
+)
+def test_parts_of_experts_that_a_kernel_does_not_take_are_refused(tmp_path, platform, kind, says):
+    with pytest.raises(ConfigError, match=says):
+        on_devices(tmp_path, platform, kind, 8)
 
 
 def planned(folder, family, **wishes):
@@ -17,7 +53,7 @@ def planned(folder, family, **wishes):
 
 def test_the_plan_tells_of_experts(tmp_path):
     rows = {name: (value, why) for name, value, why in planned(tmp_path, "qwen3_moe").plan.reasons}
-    assert rows["experts"] == ("8", "3 a token")
+    assert rows["experts"] == ("8", "3 a token; multiplied by cpu")
 
 
 def test_whole_experts_are_part_of_what_programs_are_kept_under(tmp_path):
