@@ -125,7 +125,10 @@ TPU = [
     Build("Mixtral-8x7B", "v5e-8"),
     Build("Llama-3-8B", "v6e-1", {"quantization": "int4"}, written_slices=1),  # int4[4096, 14336], in other tiles
 ]
-GPU = [Build("Llama-3-8B", target) for target in ("h100-1", "h100-2", "h100-4", "a100-1")]
+GPU = [
+    *(Build("Llama-3-8B", target) for target in ("h100-1", "h100-2", "h100-4", "a100-1")),
+    Build("Qwen3-30B-A3B", "h100-2", {"enable_expert_parallel": True}),
+]
 # For the fast tests: few rows and short chunks compile in seconds, and all else is as large.
 SMALL = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
 FAST = [Build("Llama-3-8B", "v6e-1", SMALL), Build("Llama-3-8B", "v5e-8", SMALL, has_chunk=False)]
