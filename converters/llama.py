@@ -26,10 +26,7 @@ LLAMA = dict(
 MISTRAL = LLAMA | dict(
     intermediate_size=14_336, num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096
 )
-MIXTRAL = LLAMA | dict(
-    intermediate_size=14_336,
-    num_key_value_heads=8,
-    max_position_embeddings=131_072,
+MIXTRAL = MISTRAL | dict(
     rms_norm_eps=1e-5,
     rope_theta=1_000_000.0,
     sliding_window=None,

@@ -17,9 +17,8 @@ from flax import nnx
 from models.inputs import CacheSpec
 from models.layers.attention import Attention, Step
 from models.layers.embedding import Embedding
-from models.layers.experts import Experts, Mixture
+from models.layers.experts import Mixture, feed_forward
 from models.layers.linear import Linear
-from models.layers.mlp import MLP
 from models.layers.norm import RMSNorm
 from models.layers.rope import Rope, rope_tables
 from models.layers.stack import Stack
@@ -88,10 +87,7 @@ class Block(nnx.Module):
             c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, o_bias=c.o_bias, rngs=rngs
         )
         self.mlp_norm = RMSNorm(c.hidden_size, c.norm_eps)
-        if c.mixture is None:
-            self.mlp = MLP(c.hidden_size, c.ffn_size, activation=c.activation, bias=c.mlp_bias, rngs=rngs)
-        else:
-            self.mlp = Experts(c.hidden_size, c.mixture, activation=c.activation, rngs=rngs)
+        self.mlp = feed_forward(c, bias=c.mlp_bias, rngs=rngs)
 
     def __call__(self, x_TD, cache, step, layer):
         x_TD, cache = self.attn(x_TD, cache, step, layer, norm=self.attn_norm, residual=x_TD)

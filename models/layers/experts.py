@@ -19,7 +19,7 @@ from flax import nnx
 
 from models import parallel
 from models.layers.linear import Linear
-from models.layers.mlp import FUSED, SEPARATE
+from models.layers.mlp import FUSED, MLP, SEPARATE
 from models.layers.stack import InStack, Uncut
 from pallas_kernels import panels
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -44,6 +44,13 @@ class Mixture:
     ffn_size: int
     normalised: bool
     whole: bool = False
+
+
+def feed_forward(c, *, bias: bool = False, rngs: nnx.Rngs):
+    """What stands after a block's attention: an MLP, or experts where the model's config c has a mixture of them."""
+    if c.mixture is None:
+        return MLP(c.hidden_size, c.ffn_size, activation=c.activation, bias=bias, rngs=rngs)
+    return Experts(c.hidden_size, c.mixture, activation=c.activation, rngs=rngs)
 
 
 class PerExpert(nnx.Module):

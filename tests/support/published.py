@@ -25,29 +25,33 @@ LLAMA = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+QWEN3 = {
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 ROWS = 64  # of the decode step that is measured beside the largest
 CONFIGS = {
     "Llama-3-8B": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32},
     "Llama-3-70B": LLAMA
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_hidden_layers": 80},
-    "Qwen3-32B": {
+    "Qwen3-32B": QWEN3
+    | {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
         "hidden_size": 5120,
         "intermediate_size": 25600,
         "num_attention_heads": 64,
         "num_hidden_layers": 64,
-        "head_dim": 128,
         "num_key_value_heads": 8,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
     },
-    "Qwen3-30B-A3B": {
+    "Qwen3-30B-A3B": QWEN3
+    | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         "hidden_size": 2048,
@@ -58,14 +62,7 @@ CONFIGS = {
         "norm_topk_prob": True,
         "num_attention_heads": 32,
         "num_hidden_layers": 48,
-        "head_dim": 128,
         "num_key_value_heads": 4,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
     },
     "Mixtral-8x7B": LLAMA
     | {

@@ -44,7 +44,7 @@ class Step:
 
     @property
     def num_kernels(self) -> int:
-        """Calls of the attention kernel in the program; one in layers that are scanned counts once."""
+        """Calls of Pallas kernels in the program; one in layers that are scanned counts once."""
         return len(re.findall(r'custom_call_target="(?:tpu_custom_call|mosaic_gpu_v2)"', self.text))
 
 
