@@ -24,6 +24,13 @@ def program(**static):
 compiled = functools.cache(program)
 
 
+def reset():
+    """A kernel that raised leaves the interpreter's memory behind; no public name clears it."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
 @functools.cache
 def compiled_reference(soft_cap):
     return quick_jit(functools.partial(reference.attend, scale=SCALE, soft_cap=soft_cap))

@@ -25,6 +25,7 @@ def program(**static):
 
 
 compiled = functools.cache(program)
+reset = pltpu.reset_tpu_interpret_mode_state  # after a kernel that raised
 
 
 @functools.cache
