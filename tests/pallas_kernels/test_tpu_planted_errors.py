@@ -77,15 +77,15 @@ def walk_all_rows(blocks, first, last, walk_case=tpu._walk_case, **kwargs):
     walk_case(blocks, first, jnp.int32(kwargs["kv_lens"].shape[0]) if is_chunk else last, **kwargs)
 
 
-FLOAT32, BFLOAT16 = (Shape(dtype=dtype, cache_dtype=dtype) for dtype in ("float32", "bfloat16"))
-INT8 = Shape(dtype="bfloat16", cache_dtype="int8")
+FLOAT32 = Shape()
+BFLOAT16, INT8 = (Shape(dtype="bfloat16", cache_dtype=dtype, kv_heads=1) for dtype in ("bfloat16", "int8"))
 SCALES = {"k_scale": np.float32(0.05), "v_scale": np.float32(0.03)}
 lone = lambda shape, rows=MIXED, share=0: kernel_batch.batch(shape, rows, tpu.cache_shape, share=share)
 
 
 def everything():
     args, offset = kernel_batch.with_another_layer(lone(BFLOAT16))
-    sinks = np.array((0.5, -1.0, 4.0, 0.0), np.float32)
+    sinks = np.array((4.0, -1.0), np.float32)
     return args, {"window": jnp.int32(9), "soft_cap": 3.0, "sinks_N": sinks, "page_offset": offset}
 
 
