@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference_sampler as ref
 import scipy.stats
+from quick_compile import quick_jit
 
 from pallas_kernels import cpu
 from pallas_kernels.choose import EVERYTHING, IMPLEMENTATIONS, MAX_VOCABULARY, choose, distances, draw, multiply_high
@@ -18,15 +19,21 @@ every_implementation = pytest.mark.parametrize("implementation", AVAILABLE)
 
 @functools.cache
 def compiled(implementation):
-    return jax.jit(functools.partial(choose, implementation=implementation))
+    jit = quick_jit if implementation == "wide" else jax.jit  # no CPU runs that one
+    return jit(functools.partial(choose, implementation=implementation))
 
 
 def run(implementation, logits_SV, temperature, top_k=0, top_p=0, min_p=0, bits=0):
-    """Calls choose with settings that are numbers or one a row; returns NumPy arrays."""
+    """Calls choose with settings that are numbers or one a row; returns NumPy arrays.
+
+    Fewer than 32 rows are padded, so that the programs of a few shapes serve all tests.
+    """
     S = len(logits_SV)
+    pad = max(32 - S, 0)
     rows = (temperature, np.float32), (top_k, np.int32), (top_p, np.float32), (min_p, np.float32), (bits, np.uint32)
-    rows = [np.broadcast_to(np.asarray(value, dtype), (S,)) for value, dtype in rows]
-    return [np.asarray(part) for part in compiled(implementation)(np.asarray(logits_SV, np.float32), *rows)]
+    rows = [np.pad(np.broadcast_to(np.asarray(value, dtype), (S,)), (0, pad)) for value, dtype in rows]
+    logits_SV = np.pad(np.asarray(logits_SV, np.float32), ((0, pad), (0, 0)))
+    return [np.asarray(part)[:S] for part in compiled(implementation)(logits_SV, *rows, jnp.int32(S))]
 
 
 def random_rows(rng, S, V):
@@ -78,7 +85,7 @@ def test_it_keeps_and_draws_what_a_sort_does(implementation, V, batches):
 
 
 @every_implementation
-@pytest.mark.parametrize("V", [31, 97, 1024])
+@pytest.mark.parametrize("V", [97, 300, 49152])
 def test_greedy_takes_the_first_of_the_highest(implementation, V):
     rng = np.random.default_rng(V)
     logits_SV = rng.integers(-3, 3, (16, V)).astype(np.float32)
@@ -92,13 +99,14 @@ def test_greedy_takes_the_first_of_the_highest(implementation, V):
 
 @every_implementation
 def test_equals_at_the_cutoff_are_all_kept(implementation):
-    logits_SV = np.array([[0, 2, 1, 1, 1, 0, 2, -1]] * 6, np.float32)
+    logits_SV = np.full((6, 97), -np.inf, np.float32)
+    logits_SV[:, :8] = [0, 2, 1, 1, 1, 0, 2, -1]
     _, _, cutoff_S, _ = run(
         implementation, logits_SV, 1.0, [1, 2, 3, 0, 0, 0], [0, 0, 0, 0.1, 0.8, 0], [0, 0, 0, 0, 0, 1]
     )
     kept_SV = kept_by(logits_SV, np.ones(6, np.float32), cutoff_S)
     assert kept_SV.sum(-1).tolist() == [2, 2, 5, 2, 5, 2]
-    assert kept_SV[2].tolist() == [False, True, True, True, True, False, True, False]
+    assert kept_SV[2, :8].tolist() == [False, True, True, True, True, False, True, False]
 
 
 @every_implementation
@@ -115,17 +123,21 @@ def test_extremes_stay_inside_the_allowed_tokens(implementation):
 @every_implementation
 def test_a_row_is_the_same_bit_for_bit_in_any_batch(implementation):
     rng = np.random.default_rng(5)
-    logits_SV, wishes = random_rows(rng, 32, 300)
+    logits_SV, wishes = random_rows(rng, 32, 97)
     bits_S = rng.integers(0, 2**32, 32, dtype=np.uint32)
     settings = [np.array([getattr(w, n) for w in wishes]) for n in ("temperature", "top_k", "top_p", "min_p")] + [
         bits_S
     ]
     together = run(implementation, logits_SV, *settings)
     order = rng.permutation(32)
-    for rows in ([7], order[:8], order):
+    for rows in (order[:8], order, np.tile(order, 16)):
         apart = run(implementation, logits_SV[rows], *[setting[rows] for setting in settings])
         for mine, theirs in zip(apart, together, strict=True):
             np.testing.assert_array_equal(mine, theirs[rows])
+    dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32)
+    alone = compiled(implementation)(logits_SV[[7]], *[s[[7]].astype(d) for s, d in zip(settings, dtypes, strict=True)])
+    for mine, theirs in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(mine, theirs[[7]])
 
 
 @every_implementation
@@ -144,11 +156,11 @@ def test_rows_that_are_not_numbers_disturb_nobody(implementation):
 
 @every_implementation
 def test_what_is_past_the_rows_disturbs_nobody(implementation):
-    logits_SV = np.random.default_rng(8).standard_normal((8, 300)).astype(np.float32)
+    logits_SV = np.random.default_rng(8).standard_normal((32, 300)).astype(np.float32)
     settings = [
-        np.full(8, value, dtype) for value, dtype in [(0.8, "f4"), (5, "i4"), (0.9, "f4"), (0, "f4"), (9, "u4")]
+        np.full(32, value, dtype) for value, dtype in [(0.8, "f4"), (5, "i4"), (0.9, "f4"), (0, "f4"), (9, "u4")]
     ]
-    whole = compiled(implementation)(logits_SV, *settings)
+    whole = compiled(implementation)(logits_SV, *settings, jnp.int32(32))
     some = compiled(implementation)(logits_SV, *settings, jnp.int32(5))
     for mine, theirs in zip(some, whole, strict=True):
         np.testing.assert_array_equal(mine[:5], theirs[:5])
