@@ -3,9 +3,10 @@
 A tile is some tokens of one row times the G query heads of one kv head: one token when the row decodes, 64 // G
 tokens of a chunk. Decodes are many and thin, so their keys are split over several blocks of threads (split-KV), and
 the parts are joined afterwards by their log-sum-exps. Heads of 256 are cut in two for two warpgroups, which add up
-their logits. Keys and values are written to their pages before, by XLA.
+their logits. Keys and values are written to their pages before, by XLA. Pages of 8 bits become 16 in shared memory: see
+gpu_narrow.
 
-What the kernel does not take (8-bit pages, other GPUs) is gathered and computed in plain XLA: see gpu_gather.
+What the kernel does not take (float32 pages, other GPUs) is gathered and computed in plain XLA: see gpu_gather.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference"; Shah et al. 2024, arXiv 2407.08608 (Hopper's
 wgmma and TMA under attention). Compared with attention_mgpu of jax.experimental.pallas.ops.gpu.
@@ -24,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.platform import current_device_kind
-from pallas_kernels.ragged_paged_attention import gpu_gather
+from pallas_kernels.ragged_paged_attention import gpu_gather, gpu_narrow, scales
 from pallas_kernels.ragged_paged_attention.gpu_plan import (
     TILE,
     cache_shape,
@@ -32,6 +33,7 @@ from pallas_kernels.ragged_paged_attention.gpu_plan import (
     num_splits,
     num_stages,
     num_warpgroups,
+    widened,
 )
 from pallas_kernels.ragged_paged_attention.reference import MASKED, count_at_most, locate, write
 
@@ -73,7 +75,6 @@ def attend(
     )
     kind = "H100" if interpret else current_device_kind()
     if kernel_refusal(q_TNH, k_TKH, cache_PBCH, kind):
-        scales = dict(k_scale=k_scale, v_scale=v_scale, page_offset=page_offset)
         out_TNH = gpu_gather.attend_pages(
             q_TNH,
             cache_PBCH,
@@ -86,7 +87,9 @@ def attend(
             window=window,
             soft_cap=soft_cap,
             sinks_N=sinks_N,
-            **scales,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            page_offset=page_offset,
         )
         return jnp.where(live_T[:, None, None], out_TNH, 0), cache_PBCH
     run = functools.partial(
@@ -96,6 +99,8 @@ def attend(
         # An array of its own: a slice of the step's packed vector may start where the kernel cannot take it.
         jnp.maximum(page_table_SM, 0) + page_offset,
         sinks_N,
+        k_scale=k_scale,
+        v_scale=v_scale,
         K=k_TKH.shape[1],
         scale=scale,
         soft_cap=soft_cap,
@@ -149,7 +154,9 @@ def _chunk_tiles(T, tokens, kv_lens_S, cu_q_lens_S1, counts_2, window):
 
 # Layers share one trace of this, and so one lowering of the kernel, which takes a second.
 @functools.partial(jax.jit, static_argnames=("K", "scale", "soft_cap", "tokens", "splits", "interpret"))
-def _run_tiles(q_TNH, cache_PBCH, pages_SM, sinks_N, tiles_I5, *, K, scale, soft_cap, tokens, splits, interpret):
+def _run_tiles(
+    q_TNH, cache_PBCH, pages_SM, sinks_N, tiles_I5, k_scale, v_scale, *, K, scale, soft_cap, tokens, splits, interpret
+):
     """Attends all tiles: `[I, tokens, N, H]`, H as in the cache."""
     T, N, H = q_TNH.shape
     cache_H, G, I = cache_PBCH.shape[3], N // K, tiles_I5.shape[0]
@@ -164,11 +171,16 @@ def _run_tiles(q_TNH, cache_PBCH, pages_SM, sinks_N, tiles_I5, *, K, scale, soft
         sinks_KR = jnp.tile(sinks_N.astype(jnp.float32).reshape(K, G), (1, repeats))[:, :TILE]
     tile = _Tile(
         G=G, page_size=cache_PBCH.shape[1], splits=splits, rows=rows, scale=scale, soft_cap=soft_cap,
-        stages=num_stages(cache_H), head_dim=cache_H, warpgroups=num_warpgroups(cache_H), dtype=cache_PBCH.dtype,
+        stages=num_stages(cache_H, cache_PBCH.dtype), head_dim=cache_H, warpgroups=num_warpgroups(cache_H),
+        dtype=cache_PBCH.dtype, wide=widened(cache_PBCH.dtype), answers=q_TNH.dtype,
+        first_scale=2 * K if scales.are_in(cache_PBCH, K) else None,
     )  # fmt: skip
-    out_IKXRH, lse_IKXR = tile.kernel(I, K, interpret)(
-        tiles_I5, pages_SM.astype(jnp.int32), sinks_KR, q_IKRH.astype(cache_PBCH.dtype), cache_PBCH
-    )
+    inputs = [tiles_I5, pages_SM.astype(jnp.int32), sinks_KR, q_IKRH.astype(tile.wide), cache_PBCH]
+    if tile.is_narrow:
+        inputs[3], factor_IKR = gpu_narrow.queries(q_IKRH, tile.wide)
+        factor_IKR *= scale * (1.0 if k_scale is None else k_scale)
+        inputs += [factor_IKR, jnp.full((1,), 1.0 if v_scale is None else v_scale, jnp.float32)]
+    out_IKXRH, lse_IKXR = tile.kernel(I, K, interpret)(*inputs)
     if splits == 1:
         out_IKRH = out_IKXRH[:, :, 0]
     else:
@@ -195,7 +207,18 @@ class _Tile:
     stages: int
     head_dim: int
     warpgroups: int
-    dtype: object
+    dtype: object  # of pages
+    wide: object  # that wgmma multiplies
+    answers: object
+    first_scale: int | None  # of a token's vectors the first that holds scales
+
+    @property
+    def is_narrow(self):
+        return self.dtype != self.wide
+
+    @property
+    def has_scales(self):
+        return self.first_scale is not None
 
     @property
     def share(self):
@@ -219,23 +242,30 @@ class _Tile:
     def kernel(self, num_tiles, num_kv_heads, interpret):
         H, X, W, D = self.head_dim, self.splits, self.warpgroups, self.share
         tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        out_dtype = self.dtype if X == 1 else jnp.float32
+        as_pages = (plgpu.TilingTransform((8, D)), plgpu.SwizzleTransform(D)) if self.is_narrow else tiled
+        out_dtype = self.answers if X == 1 else jnp.float32
         num_copies, _ = self.copies
         scratch = dict(
-            q_smem=plgpu.SMEM((W, TILE, D), self.dtype, transforms=tiled),
-            k_smem=plgpu.SMEM((W * self.stages, TILE, D), self.dtype, transforms=tiled),
-            v_smem=plgpu.SMEM((W * self.stages, TILE, D), self.dtype, transforms=tiled),
-            p_smem=plgpu.SMEM((W, TILE, TILE), self.dtype, transforms=tiled),
+            q_smem=plgpu.SMEM((W, TILE, D), self.wide, transforms=tiled),
+            k_smem=plgpu.SMEM((W * self.stages, TILE, D), self.dtype, transforms=as_pages),
+            v_smem=plgpu.SMEM((W * self.stages, TILE, D), self.dtype, transforms=as_pages),
+            p_smem=plgpu.SMEM((W, TILE, TILE), self.wide, transforms=tiled),
             row_smem=plgpu.SMEM((W, TILE), jnp.float32),
             q_barriers=plgpu.Barrier(num_barriers=W),
-            row_barriers=plgpu.Barrier(num_barriers=W),
-            k_barriers=plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * self.stages),
+            row_barriers=plgpu.Barrier(num_arrivals=1 + self.is_narrow, num_barriers=W),
+            k_barriers=plgpu.Barrier(num_arrivals=num_copies * (1 + self.has_scales), num_barriers=W * self.stages),
             v_barriers=plgpu.Barrier(num_arrivals=num_copies, num_barriers=W * self.stages),
             meeting=plgpu.Barrier(num_arrivals=W),
         )
         if W > 1:
             scratch["logits_smem"] = plgpu.SMEM((W, TILE, TILE), jnp.float32)
-        else:
+        if self.is_narrow:
+            scratch["wide_smem"] = plgpu.SMEM((W, TILE, D), self.wide, transforms=tiled)
+            scratch["factor_smem"] = plgpu.SMEM((W, TILE), jnp.float32)
+        if self.has_scales:
+            scratch["bytes_smem"] = plgpu.SMEM((W * self.stages, TILE, gpu_narrow.SCALE_BYTES), self.dtype)
+            scratch["scale_smem"] = plgpu.SMEM((W, 2, TILE), jnp.float32)
+        if W == 1 or (self.is_narrow and X == 1):
             scratch["out_smem"] = plgpu.SMEM((W, TILE, self.parts[0][1]), out_dtype)
         return plgpu.kernel(
             self.body,
@@ -252,8 +282,9 @@ class _Tile:
             interpret=interpret,
         )
 
-    def body(self, tiles, pages, sinks, q, cache, out, lse, **smem):
+    def body(self, tiles, pages, sinks, q, cache, *rest, **smem):
         """Attends one tile to one split of its keys; an empty split answers zeros and a log-sum-exp of MASKED."""
+        *factors, out, lse = rest
         tile, head, split, warpgroup = (lax.axis_index(name) for name in ("tile", "head", "split", "warpgroup"))
         row, position, end, low = (tiles[tile, i] for i in (0, 2, 3, 4))
         begin = jnp.maximum(low, 0)
@@ -269,6 +300,8 @@ class _Tile:
         q_rows = smem["q_smem"].at[warpgroup, pl.ds(0, self.rows)]
         plgpu.copy_gmem_to_smem(q.at[tile, head, :, share], q_rows, q_barrier)
         plgpu.copy_gmem_to_smem(sinks.at[head], smem["row_smem"].at[warpgroup], row_barrier)
+        if self.is_narrow:
+            plgpu.copy_gmem_to_smem(factors[0].at[tile, head], smem["factor_smem"].at[warpgroup], row_barrier)
         for stage in range(self.stages):
 
             @pl.when(block + stage < stop)
@@ -286,10 +319,12 @@ class _Tile:
             def _next():
                 fetch(b + self.stages - 1, first_slot + lax.rem(b - 1 - block, self.stages))
 
-            return self.fold(b, first_slot + lax.rem(b - block, self.stages), position, low, end, carry, **smem)
+            slot = first_slot + lax.rem(b - block, self.stages)
+            return self.fold(b, slot, head, position, low, end, carry, **smem)
 
         accs, top_R, total_R = lax.fori_loop(block, stop, fold, carry)
-        self.finish(accs, top_R, total_R, out.at[tile, head, split], lse.at[tile, head, split], **smem)
+        v_scale = factors[1][0] if self.is_narrow else None
+        self.finish(accs, top_R, total_R, v_scale, out.at[tile, head, split], lse.at[tile, head, split], **smem)
 
     def start(self, split, row_smem):
         """Accumulators, running top and total; the sink counts once, in the first split."""
@@ -302,7 +337,7 @@ class _Tile:
         return accs, top_R, total_R
 
     def fetch(
-        self, pages, cache, row, head, share, begin, end, block, slot, *, k_smem, v_smem, k_barriers, v_barriers, **_
+        self, pages, cache, row, head, share, begin, end, block, slot, *, k_smem, v_smem, k_barriers, v_barriers, **rest
     ):
         """Starts bringing in a block of keys and values. Pages out of sight are replaced by one in sight."""
         num_copies, tokens = self.copies
@@ -317,22 +352,38 @@ class _Tile:
             key, value = (cache.at[page, inside, 2 * head + j, share] for j in (0, 1))
             plgpu.copy_gmem_to_smem(key, k_smem.at[slot, here], k_barriers.at[slot])
             plgpu.copy_gmem_to_smem(value, v_smem.at[slot, here], v_barriers.at[slot])
+            if self.has_scales:
+                to = rest["bytes_smem"].at[slot, here]
+                gpu_narrow.fetch_scales(cache.at[page], inside, head, self.first_scale, to, k_barriers.at[slot])
 
-    def fold(self, block, slot, position, low, end, carry, *, q_smem, k_smem, v_smem, p_smem, **rest):
+    def fold(self, block, slot, head, position, low, end, carry, *, q_smem, k_smem, v_smem, p_smem, **rest):
         """Folds a block of keys into the running softmax. Weights pass through memory, as the interpreter asks."""
         accs, top_R, total_R = carry
         warpgroup = lax.axis_index("warpgroup")
         p_smem = p_smem.at[warpgroup]
         wait(rest["k_barriers"], slot)
+        keys = k_smem.at[slot]
+        if self.is_narrow:
+            keys = rest["wide_smem"].at[warpgroup]
+            gpu_narrow.widen(k_smem.at[slot], keys)
 
         def score(acc_ref):
-            plgpu.wgmma(acc_ref, q_smem.at[warpgroup], k_smem.at[slot].T)
+            plgpu.wgmma(acc_ref, q_smem.at[warpgroup], keys.T)
             return acc_ref[...]
 
         logits_RU = pl.run_scoped(score, plgpu.ACC((TILE, TILE), jnp.float32))
         if self.warpgroups > 1:
             logits_RU = self.sum_shares(logits_RU, rest["logits_smem"], rest["meeting"])
-        logits_RU = logits_RU * self.scale
+        if self.has_scales:
+            scale_smem = rest["scale_smem"].at[warpgroup]
+            seen = (low - block * TILE, end - block * TILE)
+            gpu_narrow.read_scales(rest["bytes_smem"].at[slot], scale_smem, head, *seen)
+            logits_RU *= gpu_narrow.of_columns(scale_smem.at[0])
+        if self.is_narrow:
+            factor_R = plgpu.load(rest["factor_smem"].at[warpgroup], layout=plgpu.Layout.WGMMA.reduce(1))
+            logits_RU = logits_RU * lax.broadcast_in_dim(factor_R, logits_RU.shape, [0])
+        else:
+            logits_RU = logits_RU * self.scale
         if self.soft_cap is not None:
             logits_RU = jnp.tanh(logits_RU * (1 / self.soft_cap)) * self.soft_cap
         logits_RU = jnp.where(self.seen(block, position, low, end), logits_RU, MASKED)
@@ -340,19 +391,25 @@ class _Tile:
         decay_R = jnp.exp(top_R - new_top_R)
         probs_RU = jnp.exp(logits_RU - lax.broadcast_in_dim(new_top_R, logits_RU.shape, [0]))
         total_R = total_R * decay_R + probs_RU.sum(axis=1)
-        p_smem[...] = probs_RU.astype(self.dtype)
+        if self.has_scales:
+            probs_RU *= gpu_narrow.of_columns(scale_smem.at[1])
+        p_smem[...] = probs_RU.astype(self.wide)
         plgpu.commit_smem()
         wait(rest["v_barriers"], slot)
+        values = v_smem.at[slot]
+        if self.is_narrow:
+            values = rest["wide_smem"].at[warpgroup]
+            gpu_narrow.widen(v_smem.at[slot], values)
 
         @pl.when((block * TILE < low) | (end < (block + 1) * TILE))
         def _blank():
-            blank(v_smem.at[slot], low - block * TILE, end - block * TILE)
+            blank(values, low - block * TILE, end - block * TILE)
 
         new_accs = []
         for (first, width), acc_RH in zip(self.parts, accs, strict=True):
 
             def gather(acc_ref, first=first, width=width):
-                plgpu.wgmma(acc_ref, p_smem, v_smem.at[slot, :, pl.ds(first, width)])
+                plgpu.wgmma(acc_ref, p_smem, values.at[:, pl.ds(first, width)])
                 return acc_ref[...]
 
             value_RH = pl.run_scoped(gather, plgpu.ACC((TILE, width), jnp.float32))
@@ -379,16 +436,18 @@ class _Tile:
         wide = lambda x_R: lax.broadcast_in_dim(x_R, (TILE, TILE), [0])
         return (column_RU >= wide(first_R)) & (column_RU <= wide(last_R))
 
-    def finish(self, accs, top_R, total_R, out, lse, *, row_smem, p_smem, **rest):
+    def finish(self, accs, top_R, total_R, v_scale, out, lse, *, row_smem, p_smem, **rest):
         warpgroup = lax.axis_index("warpgroup")
         row_smem = row_smem.at[warpgroup]
         free = p_smem if self.splits == 1 else rest.get("logits_smem")
-        out_smem = (free if self.warpgroups > 1 else rest["out_smem"]).at[warpgroup]
+        out_smem = rest.get("out_smem", free).at[warpgroup]
         divisor_R = jnp.maximum(total_R, 1e-30)
         row_smem[...] = jnp.where(total_R > 0, top_R + jnp.log(divisor_R), jnp.full_like(total_R, MASKED))
         wanted = pl.ds(0, self.rows)
         for (first, width), acc_RH in zip(self.parts, accs, strict=True):
             answer_RH = acc_RH / lax.broadcast_in_dim(divisor_R, acc_RH.shape, [0])
+            if self.is_narrow:
+                answer_RH *= v_scale
             out_smem[...] = answer_RH.astype(out_smem.dtype)
             plgpu.commit_smem()
             here = pl.ds(pl.multiple_of(warpgroup * self.share + first, width), width)

@@ -3,10 +3,25 @@
 import jax.numpy as jnp
 
 from pallas_kernels.platform import HOPPER, is_hopper
+from pallas_kernels.ragged_paged_attention import scales
 
 TILE = 64  # rows of one wgmma; also the tokens of a block of keys
 PAGE_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
+# What wgmma multiplies in the place of an 8-bit number, each of which it has exactly.
+WIDENED = {
+    "int8": jnp.dtype(jnp.bfloat16),
+    "float8_e4m3fn": jnp.dtype(jnp.float16),
+    "float8_e5m2": jnp.dtype(jnp.float16),
+}
+# By what pages hold. Queries of others would lose digits: 8-bit pages are for models of 16 bits.
+QUERIES = {
+    "bfloat16": ("bfloat16", "float16", "float32"),
+    "float16": ("bfloat16", "float16", "float32"),
+    "int8": ("bfloat16",),
+    "float8_e4m3fn": ("bfloat16", "float16"),
+    "float8_e5m2": ("bfloat16", "float16"),
+}
 NUM_BLOCKS = 264  # two blocks of threads for each of an H100's 132 multiprocessors
 
 
@@ -41,14 +56,17 @@ def kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
         return f"page size {B} is not one of {PAGE_SIZES}; use {nearest}"
     if N // K > TILE:
         return f"{N // K} query heads a kv head are over a tile's {TILE}"
-    if cache_PBCH.dtype not in (jnp.bfloat16, jnp.float16):
+    queries = QUERIES.get(cache_PBCH.dtype.name)
+    if queries is None:
         return f"the kernel takes no pages of {cache_PBCH.dtype}; use bfloat16 or float16"
+    if q_TNH.dtype.name not in queries:
+        return f"pages of {cache_PBCH.dtype} take queries of {' or '.join(queries)}, not of {q_TNH.dtype}"
     if cache_H > MAX_HEAD_DIM:
         return f"head_dim {H} is over the kernel's {MAX_HEAD_DIM}"
     if cache_H % TILE or (cache_H > 128 and cache_H % 128):
         wanted = 256 if cache_H > 128 else 64 * -(-cache_H // 64)
         return f"a cache {cache_H} wide was given where the kernel needs {wanted}; allocate it by cache_shape"
-    if C != 2 * K:
+    if C != 2 * K and not scales.are_in(cache_PBCH, K):
         return f"a cache of {C} vectors a token was given where the kernel needs {2 * K}; allocate it by cache_shape"
     return None
 
@@ -66,11 +84,21 @@ def num_splits(num_tiles, max_tokens) -> int:
     return min(range(1, most + 1), key=duration)
 
 
-def num_stages(head_dim) -> int:
-    """Blocks of keys and values in flight: 32 KiB each at 128 dimensions; two thread blocks share 227 KiB."""
+def num_stages(head_dim, dtype) -> int:
+    """Blocks of keys and values in flight: 32 KiB each at 128 dimensions; two thread blocks share 227 KiB.
+
+    Of 8 bits half of that, beside a buffer of 16 KiB for a block that is widened.
+    """
+    if jnp.dtype(dtype).itemsize == 1:
+        return {64: 6, 128: 3}.get(head_dim, 2)
     return {64: 4, 128: 2}.get(head_dim, 2)
 
 
 def num_warpgroups(head_dim) -> int:
     """A warpgroup sums values of 128 dimensions: 64 registers a thread, and as many for a block's product."""
     return -(-head_dim // 128)
+
+
+def widened(dtype):
+    """What the kernel multiplies where pages hold this."""
+    return WIDENED.get(jnp.dtype(dtype).name, dtype)

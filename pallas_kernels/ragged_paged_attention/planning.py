@@ -6,7 +6,7 @@ Dimension key as in the package.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ragged_paged_attention import gpu_plan, tpu_plan
+from pallas_kernels.ragged_paged_attention import cache_shape, gpu_plan, tpu_plan
 
 
 def check(
@@ -24,11 +24,11 @@ def check(
     """
     if platform not in ("tpu", "gpu"):
         return None, "a kernel for this CPU, or XLA where it has none"
-    plan = tpu_plan if platform == "tpu" else gpu_plan
     array = jax.ShapeDtypeStruct
     # As many tokens as the largest block of queries has.
     q_TNH, k_TKH = (array((128, heads, head_dim), jnp.dtype(dtype)) for heads in (num_heads, num_kv_heads))
-    cache_PBCH = array(plan.cache_shape(1, page_size, num_kv_heads, head_dim), jnp.dtype(cache_dtype))
+    shape = cache_shape(1, page_size, num_kv_heads, head_dim, platform, cache_dtype)
+    cache_PBCH = array(shape, jnp.dtype(cache_dtype))
     if platform == "tpu":
         table_SM = array((num_rows, num_columns), jnp.int32)
         return tpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, table_SM, device_kind), "a Pallas kernel for TPUs"

@@ -79,7 +79,8 @@ def write(cache_PBCH, k_TKH, v_TKH, k_scale, v_scale, page_table_SM, row_T, posi
     T, K, H = k_TKH.shape
     has_scales = scales.are_in(cache_PBCH, K)
     page_T = page_table_SM[row_T, jnp.clip(position_T // B, 0, page_table_SM.shape[1] - 1)] + page_offset
-    page_T = jnp.where(live_T, page_T, P)  # past the end, hence dropped
+    # Past the end, hence dropped; no two alike, or a GPU would write each number by compare-and-swap.
+    page_T = jnp.where(live_T, page_T, P + jnp.arange(T))
     if has_scales:
         (k_TKH, k_scale_TK), (v_TKH, v_scale_TK) = scales.rounded(k_TKH), scales.rounded(v_TKH)
         scale_TC = jnp.stack([k_scale_TK, v_scale_TK], axis=2).reshape(T, 2 * K)
@@ -89,7 +90,7 @@ def write(cache_PBCH, k_TKH, v_TKH, k_scale, v_scale, page_table_SM, row_T, posi
     kv_TCH = jnp.pad(kv_TCH, ((0, 0), (0, 0 if has_scales else C - 2 * K), (0, padded_H - H)))
     if has_scales:
         kv_TCH = jnp.concatenate([kv_TCH, scales.as_vectors(scale_TC, padded_H)], axis=1)
-    return cache_PBCH.at[page_T, position_T % B].set(kv_TCH, mode="drop")
+    return cache_PBCH.at[page_T, position_T % B].set(kv_TCH, mode="drop", unique_indices=True)
 
 
 def store(x_TKH, scale, cache_PBCH):

@@ -3,6 +3,7 @@
 The kernel runs in Mosaic's GPU interpreter, which keeps clocks for copies and threads and reports races.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -13,12 +14,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_batch import MIXED, Shape
 
-from pallas_kernels.ragged_paged_attention import gpu, gpu_plan
+from pallas_kernels.ragged_paged_attention import gpu, gpu_narrow, gpu_plan
 
 if not hasattr(plgpu, "InterpretGPUParams"):
     pytest.skip("this JAX has no interpreter for Mosaic GPU kernels", allow_module_level=True)
 
-from gpu_interpreter import SCALE, assert_same, compiled
+from gpu_interpreter import SCALE, assert_same, compiled, scaled_shape
 
 BFLOAT16, FLOAT16 = (functools.partial(Shape, dtype=dtype, cache_dtype=dtype) for dtype in ("bfloat16", "float16"))
 SHAPES = {"bfloat16": BFLOAT16(), "float16": FLOAT16(kv_heads=1, group=4)}
@@ -116,6 +117,47 @@ def test_large_pages(page_size, rows):
 
 
 SCALES = {"k_scale": np.float32(0.05), "v_scale": np.float32(0.03)}
+# Two kernels and one; pages of bfloat16 models are in test_gpu_planted_errors.py.
+NARROW = {
+    "fp8_e5m2, float16, heads of 80, everything at once": (
+        FLOAT16(cache_dtype="float8_e5m2", head_dim=80, kv_heads=1, group=4, page_size=64, num_columns=1),
+        gpu.cache_shape,
+        MIXED,
+        dict(soft_cap=3.0),
+        dict(window=9, sinks_N=SINKS, **SCALES),
+    ),
+    "int8 with scales in the pages, two warpgroups": (
+        dataclasses.replace(kernel_batch.long_shape("bfloat16", 256), cache_dtype="int8", num_rows=2, num_columns=5),
+        scaled_shape,
+        [(300, 1), (130, 3)],
+        dict(max_q_len=3),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("shape, pages, rows, static, options", NARROW.values(), ids=NARROW)
+def test_narrow_pages_match_reference(shape, pages, rows, static, options):
+    """Those of 8 bits, read by the kernel as they are."""
+    args = kernel_batch.batch(shape, rows, pages)
+    assert_same(compiled(**static)(*args, **options), args, soft_cap=static.get("soft_cap"), **options)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_queries_of_any_size_meet_fp8_keys(size):
+    """A float16 holds neither; and a query of another row changes nothing."""
+    q_IKRH = np.random.default_rng(0).normal(size=(1, 1, 8, 64)).astype(np.float32)
+    q_IKRH[0, 0, 0] *= size
+    q_IKRH[0, 0, 1] = 0
+    q_IKRH = jnp.asarray(q_IKRH, jnp.bfloat16)
+    narrowed_IKRH, factor_IKR = gpu_narrow.queries(q_IKRH, jnp.float16)
+    assert narrowed_IKRH.dtype == jnp.float16 and factor_IKR.shape == (1, 1, gpu_plan.TILE)
+    got = np.asarray(narrowed_IKRH, np.float64) * np.asarray(factor_IKR, np.float64)[:, :, :8, None]
+    expected = np.asarray(q_IKRH, np.float64)
+    largest = abs(expected).max(-1, keepdims=True)
+    assert (abs(got - expected) <= largest * 2.0**-38).all() and (got[0, 0, 2:] == expected[0, 0, 2:]).mean() > 0.99
+
+
 GATHERED = {
     "int8 pages": (Shape(cache_dtype="int8"), SCALES),
     "int8 pages, bfloat16": (Shape(dtype="bfloat16", cache_dtype="int8"), SCALES),
@@ -144,7 +186,9 @@ def test_gathered_pages_match_reference(monkeypatch, shape, options, subtests):
     "change, says",
     [
         (dict(page_size=48), "use 32"),
-        (dict(cache_dtype="int8"), "use bfloat16"),
+        (dict(cache_dtype="float32"), "use bfloat16"),
+        (dict(cache_dtype="int8"), "take queries of bfloat16"),
+        (dict(cache_dtype="float8_e4m3fn"), "take queries of bfloat16 or float16"),
         (dict(group=65), "65 query heads"),
         (dict(head_dim=320), "over the kernel's 256"),
     ],

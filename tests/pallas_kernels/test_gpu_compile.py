@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention, reference
+from runtime.footprint import executed
 
 pytestmark = pytest.mark.gpu
 reason = absent_gpu.prepare()
@@ -24,7 +25,14 @@ CASES = {
     "odd heads of 64": (9, 3, 64, 16, "bfloat16", 64, True),
     "heads of 256": (8, 4, 256, 32, "bfloat16", 64, True),
     "float16": (32, 8, 128, 32, "float16", 64, True),
-    "fp8 pages": (32, 8, 128, 16, "float8_e4m3fn", 64, False),
+    "fp8": (32, 8, 128, 16, "float8_e4m3fn", 64, True),
+    "fp8, odd heads of 64": (9, 3, 64, 32, "float8_e4m3fn", 64, True),
+    "fp8, heads of 80": (32, 8, 80, 32, "float8_e4m3fn", 64, True),
+    "fp8, heads of 256": (8, 4, 256, 32, "float8_e4m3fn", 64, True),
+    "int8 with scales": (32, 8, 128, 32, "int8", 64, True),
+    "int8 with scales, heads of 64": (9, 3, 64, 32, "int8", 64, True),
+    "int8 with scales, heads of 256": (8, 4, 256, 32, "int8", 64, True),
+    "float32": (32, 8, 128, 16, "float32", 64, False),
     "window, soft cap, sinks, large pages": (32, 8, 128, 256, "bfloat16", 1024, True),
 }
 OPTIONS = {
@@ -64,7 +72,7 @@ def test_attention_compiles_and_writes_pages_in_place(name, tmp_path):
     array = jax.ShapeDtypeStruct
     shapes = [
         *(array((T, heads, H), jnp.bfloat16) for heads in (N, K, K)),
-        array(cache_shape(P, B, K, H, "gpu"), jnp.dtype(dtype)),
+        array(cache_shape(P, B, K, H, "gpu", dtype), jnp.dtype(dtype)),
         *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]),
     ]
     step = functools.partial(ragged_paged_attention, scale=0.1, **OPTIONS.get(name, {}))
@@ -80,3 +88,28 @@ def test_attention_compiles_and_writes_pages_in_place(name, tmp_path):
     for kernel in kernels:
         assert kernel.spilled_bytes == 0
         assert kernel.shared_bytes <= (227 * 1024 if H == 256 else 227 * 1024 // 2)  # else two blocks a multiprocessor
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])
+def test_keys_and_values_are_written_in_place_by_one_kernel(dtype, tmp_path):
+    """And by plain stores: XLA would write by compare-and-swap where two tokens might go to one place."""
+    T, S, K = 64, 64, 8
+    array = jax.ShapeDtypeStruct
+    pages = array(cache_shape(256, 32, K, 128, "gpu", dtype), jnp.dtype(dtype))
+    tokens = [array((T, K, 128), jnp.bfloat16)] * 2
+    rows = [array(shape, jnp.int32) for shape in [(S,), (S, 64), (S + 1,), (2,)]]
+
+    def write(cache_PBCH, k_TKH, v_TKH, kv_lens_S, page_table_SM, cu_q_lens_S1, counts_2):
+        located = reference.locate(T, kv_lens_S, cu_q_lens_S1, counts_2)
+        return reference.write(cache_PBCH, k_TKH, v_TKH, None, None, page_table_SM, *located, 0)
+
+    options = {"xla_dump_to": str(tmp_path), "xla_gpu_dump_llvmir": True, "xla_dump_emitter_re": ".*"}
+    executable, _ = absent_gpu.compile_for_h100(write, [pages, *tokens, *rows], donate=(0,), options=options)
+    shape = "[" + ",".join(map(str, pages.shape)) + "]"
+    of_pages = [line for line in executed(executable.as_text()) if shape in line.result and not line.is_fused]
+    assert sorted(line.op for line in of_pages) == ["fusion", "parameter"]
+    memory = executable.memory_analysis()
+    assert memory.alias_size_in_bytes == int(np.prod(pages.shape)) * pages.dtype.itemsize
+    assert memory.temp_size_in_bytes <= 2 * T * 2 * K * 4  # scales, where there are any, apart and together
+    (ptx,) = (path.read_text() for path in tmp_path.glob("*.ptx") if "scatter" in path.read_text())
+    assert "st.global" in ptx and "atom." not in ptx

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_batch import LONG, MIXED, SHARING, Shape
 from planted_error import what_notices
 
-from pallas_kernels.ragged_paged_attention import gpu, gpu_gather
+from pallas_kernels.ragged_paged_attention import gpu, gpu_gather, gpu_narrow
 
 if not hasattr(plgpu, "InterpretGPUParams"):
     pytest.skip("this JAX has no interpreter for Mosaic GPU kernels", allow_module_level=True)
@@ -44,6 +44,10 @@ def with_scales(attend_pages=gpu_gather.attend_pages, **order):
     return planted
 
 
+def runs_with_swapped_scales(*args, k_scale, v_scale, **options):
+    return run_tiles(*args, k_scale=v_scale, v_scale=k_scale, **options)
+
+
 def write_all_tokens(*args, write=gpu.write):
     *args, live_T, offset = args
     return write(*args, jnp.ones_like(live_T), offset)
@@ -52,6 +56,13 @@ def write_all_tokens(*args, write=gpu.write):
 lone = lambda shape, rows=MIXED, share=0: kernel_batch.batch(shape, rows, gpu.cache_shape, share=share)
 BFLOAT16 = Shape(dtype="bfloat16", cache_dtype="bfloat16", kv_heads=1)
 WIDE = kernel_batch.long_shape("bfloat16", 256)
+
+# One kernel, for rows of up to four queries each, and one copy a block.
+FEW = Shape(
+    num_tokens=8, num_rows=2, num_columns=2, num_pages=6, page_size=64, head_dim=128,
+    dtype="bfloat16", cache_dtype="float8_e4m3fn",
+)  # fmt: skip
+FEW_ROWS = [(70, 1), (66, 3)]
 
 ONE_KERNEL = {"max_q_len": 32}  # for decodes and chunks: half as much to compile
 
@@ -69,8 +80,14 @@ BATCHES = {
     "two warpgroups": lambda: (lone(WIDE, LONG), {"max_q_len": 4}),
     "everything": everything,
     "gathered": lambda: (lone(Shape(cache_dtype="int8")), SCALES),
+    "fp8": lambda: (lone(FEW, FEW_ROWS), SCALES | {"max_q_len": 4}),
+    "int8": lambda: (
+        kernel_batch.batch(changed(FEW, cache_dtype="int8"), FEW_ROWS, gpu_interpreter.scaled_shape),
+        {"max_q_len": 4},
+    ),
 }
 page_id, run_tiles, start, fold = gpu.page_id, gpu._run_tiles, _Tile.start, _Tile.fold
+put_together = gpu_narrow.put_together
 DIFFERS, RACES = {"differs"}, {"differs", "races"}
 # error: (batch, where it is planted, what is planted, what notices)
 ERRORS = {
@@ -152,6 +169,30 @@ ERRORS = {
         gpu_gather,
         "attend_pages",
         with_scales(k="v_scale", v="k_scale"),
+        DIFFERS,
+    ),
+    "fp8: a length is one short": ("fp8", _Tile, "seen", sees(position=-1), DIFFERS),
+    "fp8: the page before is read": (
+        "fp8",
+        gpu,
+        "page_id",
+        lambda pages, row, p: page_id(pages, row, jnp.maximum(p - 1, 0)),
+        RACES,
+    ),
+    "fp8: nobody waits for keys": ("fp8", gpu, "wait", lambda barriers, slot: None, RACES),
+    "fp8: scales are swapped": ("fp8", gpu, "_run_tiles", runs_with_swapped_scales, DIFFERS),
+    "int8: scales are of the head beside": (
+        "int8",
+        gpu_narrow,
+        "put_together",
+        lambda bytes_smem, number, *ends: put_together(bytes_smem, (number + 2) % 4, *ends),
+        DIFFERS,
+    ),
+    "int8: a stale scale is not blanked": (
+        "int8",
+        gpu_narrow,
+        "put_together",
+        lambda bytes_smem, number, *ends: put_together(bytes_smem, number, -(2**30), 2**30),
         DIFFERS,
     ),
 }

@@ -102,7 +102,10 @@ def test_rows_follow_from_the_length_of_page_tables_unless_asked():
     [
         ("NVIDIA H100 80GB HBM3", {}, "Mosaic"),
         ("NVIDIA A100-SXM4-80GB", {}, "gathered .* not a Hopper"),
-        ("NVIDIA H100 80GB HBM3", {"cache_dtype": "int8"}, "gathered .* no pages of int8"),
+        ("NVIDIA H100 80GB HBM3", {"cache_dtype": "int8"}, "Mosaic"),
+        ("NVIDIA H100 80GB HBM3", {"cache_dtype": "float8_e4m3fn", "dtype": "float16"}, "Mosaic"),
+        ("NVIDIA H100 80GB HBM3", {"cache_dtype": "int8", "dtype": "float16"}, "gathered .* queries of bfloat16"),
+        ("NVIDIA H100 80GB HBM3", {"cache_dtype": "float32"}, "gathered .* no pages of float32"),
         ("NVIDIA H100 80GB HBM3", {"head_dim": 320}, "gathered .* head_dim 320"),
         ("NVIDIA H100 80GB HBM3", {"num_heads": 80, "num_kv_heads": 1}, "gathered .* 80 query heads"),
     ],

@@ -64,6 +64,9 @@ def test_steps_of_every_family(target, family):
         on("v5e-4", "decode 32x32", {"tensor_parallel_size": 4}),
         on("h100-1", "decode 32x32", {}),
         on("h100-1", "mixed 2048x32", {"max_num_batched_tokens": 2048}),
+        on("h100-1", "decode 32x32", {"kv_cache_dtype": "fp8"}),
+        on("h100-1", "mixed 2048x32", {"max_num_batched_tokens": 2048, "kv_cache_dtype": "fp8"}),
+        on("h100-1", "decode 32x32", {"kv_cache_dtype": "int8"}),
     ],
 )
 def test_steps_of_llama_3_8b(target, bucket, wishes):

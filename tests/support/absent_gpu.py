@@ -27,8 +27,8 @@ def prepare() -> str | None:
     return None
 
 
-def compile_for_h100(function, shapes, donate=(), dump: pathlib.Path | None = None):
-    """Lowers and compiles for one H100. Returns the executable and the seconds it took."""
+def compile_for_h100(function, shapes, donate=(), dump: pathlib.Path | None = None, options: dict | None = None):
+    """Lowers and compiles for one H100, with XLA's options. Returns the executable and the seconds it took."""
     if dump is not None:
         os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)
     import jax
@@ -44,7 +44,7 @@ def compile_for_h100(function, shapes, donate=(), dump: pathlib.Path | None = No
     args = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes]
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        executable = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+        executable = jax.jit(function, donate_argnums=donate).lower(*args).compile(compiler_options=options)
     return executable, time.perf_counter() - start
 
 

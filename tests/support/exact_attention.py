@@ -5,6 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention import scales
+
 FUNCTION = 8  # half units in the last place that exp, log and tanh may be off in float32
 
 
@@ -130,14 +132,14 @@ def assert_same(got, expected, args, *, rounded, padding, times=2, page_offset=0
         [np.asarray(x, np.float32) for x in pair] for pair in (got, expected)
     )
     np.testing.assert_array_equal(cache, expected_cache)
-    q_TNH, k_TKH, _, _, lens, table, cu, counts = args
+    q_TNH, k_TKH, _, given_cache, lens, table, cu, counts = args
     num_tokens = int(cu[counts[1]])
     np.testing.assert_array_equal(out[num_tokens:], np.asarray(padding, np.float32)[num_tokens:])
     if not num_tokens:
         return
-    rows = _rows_of(
-        q_TNH, cache, lens, table + page_offset, cu, counts, num_kv_heads=k_TKH.shape[1], scales=(k_scale, v_scale)
-    )
+    K = k_TKH.shape[1]
+    factors = _scales_of(cache, K) if scales.are_in(given_cache, K) else np.array([k_scale, v_scale] * K, np.float64)
+    rows = _rows_of(q_TNH, cache, lens, table + page_offset, cu, counts, factors)
     exact = dense(*rows, **options)
     error, expected_error = (abs(x[:num_tokens] - exact) for x in (out, expected_out))
     assert (expected_error <= bound(*rows, Rounded(answers=rounded.answers), **options)).all()
@@ -148,14 +150,27 @@ def assert_same(got, expected, args, *, rounded, padding, times=2, page_offset=0
     assert error.max() <= times * usual, f"off by {error.max():.1e}, where {usual:.1e} is usual"
 
 
-def _rows_of(q_TNH, cache_PBCH, kv_lens_S, page_table_SM, cu_q_lens_S1, counts_2, *, num_kv_heads, scales):
-    """Histories and queries of a batch, out of the cache as its step left it; scales are of keys and of values."""
+def _scales_of(cache_PBCH, num_kv_heads):
+    """The scales that int8 pages hold: [P, B, 2 K]. What no row uses may be anything."""
+    P, B, _, _ = cache_PBCH.shape
+    vectors = cache_PBCH[:, :, 2 * num_kv_heads :].astype(np.int8).reshape(P, B, -1)
+    return vectors.view(np.float32)[..., : 2 * num_kv_heads].astype(np.float64)
+
+
+def _rows_of(q_TNH, cache_PBCH, kv_lens_S, page_table_SM, cu_q_lens_S1, counts_2, factors):
+    """Histories and queries of a batch, out of the cache as its step left it.
+
+    Args:
+        factors: what each key and each value in the cache is multiplied by: [2 K] for all tokens or [P, B, 2 K].
+    """
     q, cache, lens, table, cu = map(np.asarray, (q_TNH, cache_PBCH, kv_lens_S, page_table_SM, cu_q_lens_S1))
+    factors = np.broadcast_to(factors, (*cache.shape[:2], factors.shape[-1]))
     histories, queries = [], []
     for s in range(int(counts_2[1])):
         pages = table[s, : -(-lens[s] // cache.shape[1])]
-        kept = cache[pages].reshape(-1, *cache.shape[2:])[: lens[s], : 2 * num_kv_heads, : q.shape[2]]
-        histories.append([kept[:, i::2].astype(np.float64) * np.float64(scales[i]) for i in (0, 1)])
+        kept, factor = (x[pages].reshape(-1, *x.shape[2:])[: lens[s]] for x in (cache, factors))
+        kept = kept[:, : factor.shape[1], : q.shape[2]].astype(np.float64) * factor[..., None]
+        histories.append([kept[:, i::2] for i in (0, 1)])
         queries.append(q[cu[s] : cu[s + 1]])
     return histories, queries
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from quick_compile import quick_jit
 
-from pallas_kernels.ragged_paged_attention import gpu, reference
+from pallas_kernels.ragged_paged_attention import cache_shape, gpu, gpu_plan, reference
 
 SCALE, SPLITS = 0.2, 2
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
@@ -22,6 +22,8 @@ def program(**static):
 
 
 compiled = functools.cache(program)
+# Of int8 pages with a scale for each key and value, where `gpu.cache_shape` has none.
+scaled_shape = functools.partial(cache_shape, platform="gpu", dtype="int8")
 
 
 def reset():
@@ -40,7 +42,8 @@ def assert_same(got, args, *, soft_cap=None, times=2, **options):
     """Answers and cache are right; answers of padding tokens are zeros."""
     expected = compiled_reference(soft_cap)(*args, **options)
     q, cache = args[0], args[3]
-    weights = q.dtype if cache.dtype.itemsize == 1 else cache.dtype
+    is_taken = q.dtype.name in gpu_plan.QUERIES.get(cache.dtype.name, ())
+    weights = gpu_plan.widened(cache.dtype) if is_taken else q.dtype
     rounded = exact_attention.Rounded(weights=weights, answers=q.dtype, splits=SPLITS)
     exact_attention.assert_same(
         got,

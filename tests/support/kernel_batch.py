@@ -9,6 +9,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.ragged_paged_attention import scales
+
 OUTSIDE = 2**20  # a page id that no pool has
 MIXED = [
     (7, 1),
@@ -71,6 +73,12 @@ def batch(shape: Shape, rows, cache_shape, *, seed=0, share=0):
         for position in range(length - new):
             used[table_SM[s, position // B], position % B] = True
     cache[~used] = 127 if shape.cache_dtype == "int8" else np.nan
+    if cache.shape[2] > 2 * K and shape.cache_dtype == "int8":
+        scale = rng.uniform(0.02, 0.06, (shape.num_pages * B, 2 * K)).astype(np.float32)
+        cache[:, :, 2 * K :] = np.asarray(scales.as_vectors(jnp.asarray(scale), cache.shape[3])).reshape(
+            *cache.shape[:2], -1, cache.shape[3]
+        )
+        cache[~used, 2 * K :] = -1  # which are the bytes of a NaN
     lengths_S = np.zeros(shape.num_rows, np.int32)
     lengths_S[: len(rows)] = [length for length, _ in rows]
     new_S = np.zeros(shape.num_rows, np.int32)

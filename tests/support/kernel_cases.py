@@ -123,7 +123,7 @@ class Attention(Rows):
     written = (3,)
 
     def cache_shape(self, num_pages, platform):
-        return ragged_paged_attention.cache_shape(num_pages, self.B, self.K, self.H, platform)
+        return ragged_paged_attention.cache_shape(num_pages, self.B, self.K, self.H, platform, self.dtype)
 
     def cache_bytes(self, platform):
         """Of all rows' keys and values, as the platform pads them."""
@@ -300,14 +300,18 @@ ATTENTION = {
     "8B decode, 64 x 1k": Attention(64, 1024, 1),
     "8B decode, 64 x 8k": Attention(64, 8192, 1),
     "8B decode int8, 64 x 8k": Attention(64, 8192, 1, dtype="int8"),
+    "8B decode fp8, 64 x 8k": Attention(64, 8192, 1, dtype="float8_e4m3fn"),
     "8B chunk, 4 x 512 of 2k": Attention(4, 2048, 512),
     "8B chunk, 1 x 1k of 8k": Attention(1, 8192, 1024),
+    "8B chunk fp8, 1 x 1k of 8k": Attention(1, 8192, 1024, dtype="float8_e4m3fn"),
     "8B on one of 8 chips, decode": Attention(64, 2048, 1, N=4, K=1),
     "8B on one of 8 chips, chunk": Attention(1, 8192, 1024, N=4, K=1),
     "heads of 64, decode": Attention(64, 2048, 1, H=64),
     "heads of 64, chunk": Attention(4, 2048, 512, H=64),
     "heads of 256, decode": Attention(64, 2048, 1, N=16, K=8, H=256),
     "heads of 256, chunk": Attention(4, 2048, 512, N=16, K=8, H=256),
+    "heads of 64 fp8, decode": Attention(64, 2048, 1, H=64, dtype="float8_e4m3fn"),
+    "heads of 256 fp8, decode": Attention(64, 2048, 1, N=16, K=8, H=256, dtype="float8_e4m3fn"),
 }
 OTHERS = {
     "int4 gate and up of 8B, 16": Int4Matmul(16),
