@@ -17,3 +17,18 @@ os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 os.environ.setdefault("XDG_CACHE_HOME", str(CACHE))
 # Mosaic's GPU interpreter holds a thread of XLA's pool for every warpgroup that waits for another; two are too few.
 os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
+
+
+# Files that take longest: they come first where several processes share the tests, so that none is left with one at
+# the end while the others are idle.
+LONGEST = """
+    test_several_hosts test_cpu_kinds test_mesh test_tpu_attention test_tpu_planted_errors test_gpu_attention
+    test_gpu_planted_errors test_tpu_compile test_starts_at_once test_choose test_examples test_quantised_engines
+    test_formats test_speculation test_windows test_kept_weights test_replicas test_random_requests test_steps
+""".split()
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        rank = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

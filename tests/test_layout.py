@@ -1,6 +1,7 @@
 """Imports point one way: http/openai_api -> runtime -> converters -> models -> pallas_kernels."""
 
 import ast
+import runpy
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,8 @@ def test_no_package_hides_the_standard_library():
     assert not list((ROOT / "tests").rglob("__init__.py"))
     test_names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(test_names) == len(set(test_names)), "two test files share a name"
+
+
+def test_files_that_take_longest_are_there():
+    longest = runpy.run_path(str(ROOT / "tests" / "conftest.py"))["LONGEST"]
+    assert not set(longest) - {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
