@@ -1,5 +1,6 @@
 """What the README shows is what lies here, and what lies here runs."""
 
+import functools
 import os
 import re
 import runpy
@@ -10,11 +11,12 @@ import nbformat
 import pytest
 import tiny
 
+import runtime
 from runtime import demo
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SMALL = dict(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32)
+SMALL = dict(max_num_seqs=4, max_num_batched_tokens=32)  # a few steps to compile instead of those for any traffic
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def test_the_readme_shows_these_examples():
 
 def test_generate_runs(checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(demo, "demo", lambda progress=None: checkpoint)
+    monkeypatch.setattr(runtime, "LLM", functools.partial(runtime.LLM, **SMALL))
     runpy.run_path(str(HERE / "generate.py"))
     assert capsys.readouterr().out.strip()
 
@@ -61,6 +64,7 @@ def test_the_notebook_runs(checkpoint, monkeypatch):
     book.cells.insert(0, nbformat.v4.new_code_cell(code))
     for cell in book.cells:  # a model this small knows no more than so many positions
         cell.source = re.sub(r"max_model_len=\d+", "max_model_len=64", cell.source)
+        cell.source = re.sub(r"max_num_seqs=\d+, max_num_batched_tokens=\d+", "**" + repr(SMALL), cell.source)
     execute(book)
 
 
