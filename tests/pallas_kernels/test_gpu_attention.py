@@ -117,17 +117,18 @@ def test_large_pages(page_size, rows):
 
 
 SCALES = {"k_scale": np.float32(0.05), "v_scale": np.float32(0.03)}
+FEW = Shape(num_tokens=24, num_rows=2, num_columns=5, num_pages=12, page_size=64, kv_heads=1, group=4)
 # Two kernels and one; pages of bfloat16 models are in test_gpu_planted_errors.py.
 NARROW = {
     "fp8_e5m2, float16, heads of 80, everything at once": (
-        FLOAT16(cache_dtype="float8_e5m2", head_dim=80, kv_heads=1, group=4, page_size=64, num_columns=1),
+        dataclasses.replace(FEW, dtype="float16", cache_dtype="float8_e5m2", head_dim=80),
         gpu.cache_shape,
-        MIXED,
+        [(50, 1), (30, 18)],
         dict(soft_cap=3.0),
         dict(window=9, sinks_N=SINKS, **SCALES),
     ),
     "int8 with scales in the pages, two warpgroups": (
-        dataclasses.replace(kernel_batch.long_shape("bfloat16", 256), cache_dtype="int8", num_rows=2, num_columns=5),
+        dataclasses.replace(FEW, dtype="bfloat16", cache_dtype="int8", head_dim=256),
         scaled_shape,
         [(300, 1), (130, 3)],
         dict(max_q_len=3),
