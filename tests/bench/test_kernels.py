@@ -40,6 +40,10 @@ def test_floors_count_pages_as_the_chip_pads_them(chip, width):
 
 def test_what_must_move_and_be_computed():
     """By hand, of the shapes that are published."""
+    fp8, int8 = (CASES[f"8B decode {name}, 64 x 8k"] for name in ("fp8", "int8"))
+    queries_and_answers = 2 * 64 * 32 * 128 * 2
+    assert fp8.bytes("gpu") == fp8.bytes("tpu") == int8.bytes("tpu") == 64 * 8193 * 16 * 128 + queries_and_answers
+    assert int8.bytes("gpu") == 64 * 8193 * 17 * 128 + queries_and_answers  # one vector more, of scales
     matmul, x = CASES["int4 gate and up of 8B, 64"], 64 * 2
     weights = 2 * 14336 * (4096 / 2 + 2 * 2 * 4096 / 32)
     assert (matmul.bytes("tpu"), matmul.flops) == (weights + x * (4096 + 14336), 2 * 64 * 2 * 14336 * 4096)

@@ -19,6 +19,7 @@ import numpy as np
 from pallas_kernels import latent_attention, ragged_paged_attention
 from pallas_kernels.grouped_matmul import MEGABLOX_ROWS, grouped_matmul
 from pallas_kernels.linear import linear
+from pallas_kernels.ragged_paged_attention import scales
 from pallas_kernels.ragged_paged_attention.tpu_plan import round_up
 from pallas_kernels.selective_scan import selective_scan
 from runtime.chips import CHIPS, Chip
@@ -147,7 +148,11 @@ class Attention(Rows):
         T, P = round_up(self.rows * self.new, 16), num_pages or self.rows * self.columns
         tokens = [random(i, (T, heads, self.H)) for i, heads in enumerate((self.N, self.K, self.K))]
         span = 100 if self.dtype == "int8" else 1
-        return [*tokens, random(3, self.cache_shape(P, platform), self.dtype, -span, span), *self.batch()]
+        pages = random(3, self.cache_shape(P, platform), self.dtype, -span, span)
+        if scales.are_in(pages, self.K):
+            vectors = scales.as_vectors(jnp.full((1, 2 * self.K), 0.01), pages.shape[3])
+            pages = pages.at[:, :, 2 * self.K :].set(vectors[0])
+        return [*tokens, pages, *self.batch()]
 
 
 @dataclasses.dataclass(frozen=True)
