@@ -194,7 +194,7 @@ def _block_bundles(schedule, case, tokens):
     Decodes come first in the program, chunks second: each a loop over items with one over blocks inside. Inside
     that are two ways to unpack the block, of which one runs, and, when heads are not interleaved, a loop over heads.
     """
-    from pallas_kernels.ragged_paged_attention import tpu, tpu_plan
+    from pallas_kernels.ragged_paged_attention import tpu, tpu_plan, tpu_walk
 
     walks = [loop for loop in schedule.loops if loop.depth == 1 and loop.uses["MXU"]]
     walk = walks[0 if case.is_decode else -1]
@@ -202,7 +202,7 @@ def _block_bundles(schedule, case, tokens):
     inside = block.inside(schedule.loops)
     heads = [loop.bundles for loop in inside if loop.uses["MXU"]]
     unpack = [loop.bundles for loop in inside if not loop.uses["MXU"] and loop.uses["VSTORE"]]
-    together = tpu_plan.heads_together(case.K, 1 if case.is_decode else tpu.QUERY_GROUP)
+    together = tpu_plan.heads_together(case.K, 1 if case.is_decode else tpu_walk.QUERY_GROUP)
     turns = max(1, tokens // tpu.UNPACKED_TOKENS)
     return block.bundles - sum(heads) - sum(unpack) + sum(heads) * case.K // together + max(unpack, default=0) * turns
 

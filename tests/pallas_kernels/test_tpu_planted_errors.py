@@ -10,7 +10,7 @@ import tpu_interpreter
 from kernel_batch import MIXED, SHARING, Shape
 from planted_error import what_notices
 
-from pallas_kernels.ragged_paged_attention import tpu
+from pallas_kernels.ragged_paged_attention import tpu, tpu_walk
 
 _Walk = tpu._Walk
 changed = dataclasses.replace
@@ -99,12 +99,12 @@ BATCHES = {
 }
 
 
-kv_end, page_id = tpu.kv_end, tpu.page_id
+kv_end, page_id = tpu_walk.kv_end, tpu.page_id
 DIFFERS, RACES = {"differs"}, {"differs", "races"}
 # error: (batch, where it is planted, what is planted, what notices)
 ERRORS = {
-    "a length is one short": ("float32", tpu, "kv_end", lambda *args: kv_end(*args) - 1, DIFFERS),
-    "a length is one short, bfloat16": ("bfloat16", tpu, "kv_end", lambda *args: kv_end(*args) - 1, DIFFERS),
+    "a length is one short": ("float32", tpu_walk, "kv_end", lambda *args: kv_end(*args) - 1, DIFFERS),
+    "a length is one short, bfloat16": ("bfloat16", tpu_walk, "kv_end", lambda *args: kv_end(*args) - 1, DIFFERS),
     "a query sees the key after it": ("float32", _Walk, "hidden", sees_ahead, DIFFERS),
     "a query sees the key after it, bfloat16": ("bfloat16", _Walk, "hidden", sees_ahead, DIFFERS),
     "the page before is read": (
@@ -128,7 +128,7 @@ ERRORS = {
         lambda walk, s, p: walk.table[s * walk.M + p],
         DIFFERS,
     ),
-    "nobody waits for keys": ("float32", tpu, "wait_keys", no_wait, RACES),
+    "nobody waits for keys": ("float32", tpu_walk, "wait_keys", no_wait, RACES),
     "nobody waits for page writes": ("float32", _Walk, "wait_writes", no_wait, RACES),
     "nobody waits for answers": ("float32", _Walk, "wait_answers", no_wait, RACES),
     "a stale tail is not blanked": ("float32", tpu, "is_whole", lambda begin, end, size: end == end, DIFFERS),
