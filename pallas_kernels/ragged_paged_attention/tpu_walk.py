@@ -67,8 +67,8 @@ class Rows:
 class Walk(Rows):
     """One case's loop over its items. Refs and static numbers; every method traces a piece of the kernel.
 
-    A kernel brings `fetch_keys`, which starts an item's copies, `unpack` and `head`, which make keys and values of them,
-    and what else it does in its own way.
+    A kernel brings `fetch_keys`, which starts an item's copies, and `unpack` and `head`, which make keys and values of
+    them.
     """
 
     numbers: object  # k_scale, v_scale
