@@ -77,22 +77,25 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None, device_kind="") -> str
     wanted = cache_shape(P, B, K, H)
     if (C, cache_H) != wanted[2:]:
         return f"a cache of {(P, B, C, cache_H)} was given where a TPU needs {wanted}; allocate it by cache_shape"
-    if page_table_SM is not None:
-        S, M = page_table_SM.shape
-        if S > most_rows(M):
-            needed, limit = 4 * S * (M + 2), TABLE_BYTES
-            shorter = limit // (4 * S) - 2
-            choices = [f"{most_rows(M)} rows"] if most_rows(M) else []
-            choices += [f"{shorter} pages a row, {shorter * B:,} tokens"] if shorter > 0 else []
-            choices += [f"page size {size}" for size in PAGE_SIZES if size > B and S <= most_rows(-(-M * B // size))][
-                :1
-            ]
-            return (
-                f"a page table of {S} rows x {M} pages of {B} tokens takes {needed:,} bytes of {limit:,} in scalar "
-                f"memory; use at most {' or '.join(choices)}"
-            )
+    if page_table_SM is not None and (reason := table_refusal(*page_table_SM.shape, B)):
+        return reason
     num_columns = 2**20 if page_table_SM is None else page_table_SM.shape[1]
     return _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns, device_kind)
+
+
+def table_refusal(S, M, B) -> str | None:
+    """Why the scalar memory does not hold a page table of S rows x M pages of B tokens; None when it does."""
+    if S <= most_rows(M):
+        return None
+    needed, limit = 4 * S * (M + 2), TABLE_BYTES
+    shorter = limit // (4 * S) - 2
+    choices = [f"{most_rows(M)} rows"] if most_rows(M) else []
+    choices += [f"{shorter} pages a row, {shorter * B:,} tokens"] if shorter > 0 else []
+    choices += [f"page size {size}" for size in PAGE_SIZES if size > B and S <= most_rows(-(-M * B // size))][:1]
+    return (
+        f"a page table of {S} rows x {M} pages of {B} tokens takes {needed:,} bytes of {limit:,} in scalar "
+        f"memory; use at most {' or '.join(choices)}"
+    )
 
 
 def _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns, device_kind) -> str | None:
@@ -142,9 +145,9 @@ def blocks(q_TNH, k_TKH, cache_PBCH, num_columns, case, device_kind="") -> Block
         # Unpacked keys and values stay within 1 MiB, or 2 for a chunk, whose many query rows repay a longer block.
         # Few kv heads make longer blocks: there is less to interleave.
         unpacked, most = (2**20, 1024) if case == "decode" else (2**21, 512)
-        compute = _power_of_two_within(unpacked // (C * H * 2), LANES, most)
-        fetch = _power_of_two_within(FETCH_BYTES // token_bytes, compute, 4096)
-        query = 1 if case == "decode" else _power_of_two_within(512 // (N // K), 16, 128)  # 512 query rows a kv head
+        compute = power_of_two_within(unpacked // (C * H * 2), LANES, most)
+        fetch = power_of_two_within(FETCH_BYTES // token_bytes, compute, 4096)
+        query = 1 if case == "decode" else power_of_two_within(512 // (N // K), 16, 128)  # 512 query rows a kv head
     compute = min(compute, max(LANES, 1 << (num_columns * B - 1).bit_length()))
     fetch = max(min(fetch, round_up(num_columns * B, compute)), compute, B)
     return Blocks(min(query, round_up(T, 16)) if query > 1 else 1, round_up(fetch, max(B, compute)), compute)
@@ -177,7 +180,7 @@ def round_up(x, multiple) -> int:
     return -(-x // multiple) * multiple
 
 
-def _power_of_two_within(x, low, high) -> int:
+def power_of_two_within(x, low, high) -> int:
     return max(low, min(high, 1 << int(math.log2(max(x, 1)))))
 
 
