@@ -34,6 +34,7 @@ def latent_attention(
     *,
     scale,
     page_offset=0,
+    max_q_len=None,
     implementation=None,
 ):
     """Writes the step's latents into their pages, then attends each query to its own row's past.
@@ -45,6 +46,8 @@ def latent_attention(
         kv_lens_S, page_table_SM, cu_q_lens_S1, counts_2: as in ragged_paged_attention.
         scale: multiplies the logits.
         page_offset: int or int32 scalar added to every page id, for layers that share one array.
+        max_q_len: int: no row has more queries than this; None when any may have all T. Known while tracing; with 1 the
+            program has no part for chunks.
         implementation: a name in IMPLEMENTATIONS, or None for the fastest here.
 
     Returns:
@@ -72,6 +75,7 @@ def latent_attention(
         counts_2,
         scale=scale,
         page_offset=page_offset,
+        max_q_len=max_q_len,
     )
 
 

@@ -22,6 +22,7 @@ def attend(
     *,
     scale,
     page_offset=0,
+    max_q_len=None,
 ):
     (T, N, R), W = q_latent_TNR.shape, cache_PBW.shape[2]
     row_T, position_T, live_T = locate(T, kv_lens_S, cu_q_lens_S1, counts_2)

@@ -41,6 +41,7 @@ def attend(
     *,
     scale,
     page_offset=0,
+    max_q_len=None,
     decode_blocks: Blocks | None = None,
     chunk_blocks: Blocks | None = None,
     interpret=False,
@@ -64,7 +65,7 @@ def attend(
     new_TW = jnp.concatenate([latent_TR, rope_TH], axis=1).astype(cache_PBW.dtype).astype(jnp.float32)
     whole, scalars = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=pltpu.SMEM)
     return pl.pallas_call(
-        functools.partial(_kernel, sizes=sizes, M=M, scale=scale),
+        functools.partial(_kernel, sizes=sizes, M=M, scale=scale, has_chunks=max_q_len != 1),
         in_specs=[scalars] * 5 + [whole] * 2 + [pl.BlockSpec(memory_space=pltpu.VMEM), whole],
         out_specs=[whole, whole],
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q_latent_TNR, cache_PBW)],
@@ -88,11 +89,31 @@ def attend(
     )
 
 
-def _kernel(kv_lens, table, cu_q_lens, counts, settings, q_in, q_rope, new, cache_in, out, cache, *, sizes, M, scale):
+def _kernel(
+    kv_lens,
+    table,
+    cu_q_lens,
+    counts,
+    settings,
+    q_in,
+    q_rope,
+    new,
+    cache_in,
+    out,
+    cache,
+    *,
+    sizes,
+    M,
+    scale,
+    has_chunks,
+):
     rows = dict(kv_lens=kv_lens, table=table, cu_q_lens=cu_q_lens, settings=settings, cache=cache, M=M)
     write_pages(new, rows, counts[1])
-    _walk_case("decode", sizes["decode"], 0, counts[0], q_rope, out, scale, rows)
-    _walk_case("chunk", sizes["chunk"], counts[0], counts[1], q_rope, out, scale, rows)
+    # Where all rows have one query or none, an empty one may come before others.
+    num_decode = counts[0] if has_chunks else counts[1]
+    _walk_case("decode", sizes["decode"], 0, num_decode, q_rope, out, scale, rows)
+    if has_chunks:
+        _walk_case("chunk", sizes["chunk"], num_decode, counts[1], q_rope, out, scale, rows)
 
 
 def write_pages(new, rows, num_rows):

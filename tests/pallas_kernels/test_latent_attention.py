@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import latent_attention as module
 from pallas_kernels.latent_attention import cache_shape, latent_attention
+from pallas_kernels.latent_attention import reference as module
 
 N, R, H, B = 3, 8, 4, 4
 ROWS = [[(1, 1)], [(4, 1)], [(5, 1)], [(8, 1), (3, 1), (5, 5)], [(3, 1), (0, 0), (8, 4), (9, 6)]]

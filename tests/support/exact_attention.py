@@ -140,8 +140,17 @@ def assert_same(got, expected, args, *, rounded, padding, times=2, page_offset=0
     K = k_TKH.shape[1]
     factors = _scales_of(cache, K) if scales.are_in(given_cache, K) else np.array([k_scale, v_scale] * K, np.float64)
     rows = _rows_of(q_TNH, cache, lens, table + page_offset, cu, counts, factors)
+    assert_answers(out[:num_tokens], expected_out[:num_tokens], rows, rounded=rounded, times=times, **options)
+
+
+def assert_answers(out, expected_out, rows, *, rounded, times=2, **options):
+    """Holds answers of real tokens to those of the reference, and both to float64, as `assert_same` does.
+
+    Args:
+        rows: histories and queries, as `dense` takes them.
+    """
     exact = dense(*rows, **options)
-    error, expected_error = (abs(x[:num_tokens] - exact) for x in (out, expected_out))
+    error, expected_error = (abs(x - exact) for x in (out, expected_out))
     assert (expected_error <= bound(*rows, Rounded(answers=rounded.answers), **options)).all()
     within = bound(*rows, rounded, **options)
     assert (error <= within).all(), f"off by {(error / within).max():.1f} times the bound"
