@@ -12,7 +12,7 @@ Dimension key
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.platform import current_platform
+from pallas_kernels.platform import current_device_kind, current_platform
 from pallas_kernels.ragged_paged_attention.reference import count_at_most
 
 BLOCK = 8  # tokens whose states are held at once; a state of 16 x 8,192 is half a megabyte
@@ -49,7 +49,8 @@ def selective_scan(
         `[T, C]` in x's dtype, zeros for padding tokens; and each row's state after the step, padding rows' unchanged.
 
     Raises:
-        ValueError: the implementation is unknown or takes one token a row, or shapes do not fit together.
+        ValueError: the implementation is unknown, takes one token a row or does not take these shapes and dtypes, or
+            shapes do not fit together.
     """
     N, C = a_NC.shape
     if x_TC.shape != dt_TC.shape or x_TC.shape[1] != C or b_TN.shape[1] != N or state_SNC.shape[1:] != (N, C):
@@ -61,7 +62,7 @@ def selective_scan(
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
     if implementation == "update" and max_q_len != 1:
         raise ValueError(f"update takes one token a row, and max_q_len is {max_q_len}; choose blocks")
-    name = implementation or _fastest(max_q_len)
+    name = implementation or _fastest(max_q_len, x_TC, dt_TC, state_SNC)
     return IMPLEMENTATIONS[name](x_TC, dt_TC, a_NC, b_TN, c_TN, skip_C, state_SNC, cu_q_lens_S1, num_rows)
 
 
@@ -147,10 +148,23 @@ def _rows(T, cu_q_lens_S1, num_rows):
     return jnp.minimum(row_T, cu_q_lens_S1.shape[0] - 2), live_T
 
 
-def _fastest(max_q_len) -> str:
+def _tpu(*arrays):
+    """Both states and tokens stay in fast memory; see tpu.py."""
+    from pallas_kernels.selective_scan import tpu as kernel  # imports the TPU compiler's front end
+
+    return kernel.scan(*arrays)
+
+
+def _fastest(max_q_len, x_TC, dt_TC, state_SNC) -> str:
+    platform = current_platform()
     if max_q_len == 1:
         return "update"
-    return "reference" if current_platform() == "cpu" else "blocks"
+    if platform == "tpu":
+        from pallas_kernels.selective_scan import tpu as kernel
+
+        if kernel.refusal(x_TC, dt_TC, state_SNC, current_device_kind()) is None:
+            return "tpu"
+    return "reference" if platform == "cpu" else "blocks"
 
 
-IMPLEMENTATIONS = {"reference": reference, "update": update, "blocks": blocks}
+IMPLEMENTATIONS = {"reference": reference, "update": update, "blocks": blocks, "tpu": _tpu}
