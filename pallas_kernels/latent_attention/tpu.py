@@ -162,9 +162,10 @@ class _Writer(Rows):
         pl.loop(0, jnp.minimum(num_in, IN_FLIGHT))(lambda slot: self.wait(self.out_sems, slot))
 
     def turn(self, state):
-        """One granule more on its way in, or one on its way out, or both."""
+        """One granule more on its way in, and one on its way out once enough are."""
         ahead, num_in, behind, num_out = state
-        can_fetch = (ahead[0] < self.last) & (num_in - num_out < IN_FLIGHT // 2)
+        can_fetch = ahead[0] < self.last
+        can_send = ~can_fetch | (num_in - num_out >= IN_FLIGHT // 2)
         slot_in, slot_out = num_in % IN_FLIGHT, num_out % IN_FLIGHT
 
         @pl.when(can_fetch)
@@ -172,7 +173,7 @@ class _Writer(Rows):
             pl.when(num_in >= IN_FLIGHT)(lambda: self.wait(self.out_sems, slot_in))
             pltpu.make_async_copy(self.place(*ahead), self.granules.at[slot_in], self.in_sems.at[slot_in]).start()
 
-        @pl.when(~can_fetch)
+        @pl.when(can_send)
         def _send():
             self.wait(self.in_sems, slot_out)
             self.change(*behind, slot_out)
@@ -181,8 +182,8 @@ class _Writer(Rows):
         inside = lambda s: jnp.minimum(s, self.kv_lens.shape[0] - 1)
         pick = lambda chosen, old, new: tuple(jnp.where(chosen, n, o) for o, n in zip(old, new, strict=True))
         ahead = pick(can_fetch, ahead, self.after(inside(ahead[0]), ahead[1]))
-        behind = pick(~can_fetch, behind, self.after(inside(behind[0]), behind[1]))
-        return ahead, num_in + can_fetch, behind, num_out + ~can_fetch
+        behind = pick(can_send, behind, self.after(inside(behind[0]), behind[1]))
+        return ahead, num_in + can_fetch, behind, num_out + can_send
 
     def change(self, s, g, slot):
         """Puts new tokens into a granule."""

@@ -10,6 +10,7 @@ Dimension key as in the package, and
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ from pallas_kernels.platform import current_device_kind
 from pallas_kernels.ragged_paged_attention.tpu_plan import LANES, round_up, vmem_limit
 
 TOKENS = 128  # of a block
-UNROLLED = 2  # tokens in one turn of the loop
+UNROLLED = 4  # tokens in one turn of the loop
 DTYPES = ("bfloat16", "float32")
+LOG2_E = math.log2(math.e)
 
 
 def refusal(x_TC, dt_TC, state_SNC, device_kind) -> str | None:
@@ -70,7 +72,8 @@ def scan(x_TC, dt_TC, a_NC, b_TN, c_TN, skip_C, state_SNC, cu_q_lens_S1, num_row
         x_TN = jnp.pad(x_TN.astype(jnp.float32), ((0, num_blocks * B - T), (0, 0)))
         return x_TN.reshape(num_blocks, 1, B * N)
 
-    a_INKL = a_NC.astype(jnp.float32).reshape(N, C // W, K, LANES).swapaxes(0, 1)
+    # By log2(e), as the chip has a power of two and no other.
+    a_INKL = (a_NC.astype(jnp.float32) * LOG2_E).reshape(N, C // W, K, LANES).swapaxes(0, 1)
     skip_IKL = skip_C.astype(jnp.float32).reshape(C // W, K, LANES)
     in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     channels = pl.BlockSpec((B, W), lambda c, t: (t, c))
@@ -125,13 +128,16 @@ def _block(
 
     @pl.when(pl.program_id(1) == 0)
     def _start():
-        state[...] = state_in[...]
         row[0] = 0
+
+        @pl.loop(0, state.shape[0])
+        def _copy(s):
+            state[s] = state_in[s]
 
     lay_out(x, x_rows)
     lay_out(dt, dt_rows)
 
-    @pl.when(first + B > cu[num_rows[0]])
+    @pl.when(has_padding(first + B, cu[num_rows[0]]))
     def _padding():
         y_rows[...] = jnp.zeros_like(y_rows)
 
@@ -178,8 +184,13 @@ def token(x_rows, dt_rows, a, b, c, skip, y_rows, num_numbers, t, state_N):
     return tuple(after)
 
 
+def has_padding(end, num_tokens):
+    """Whether a block that ends there has tokens of no row."""
+    return end > num_tokens
+
+
 def decay(dt_KL, a_KL):
-    return jnp.exp(dt_KL * a_KL)
+    return jnp.exp2(dt_KL * a_KL)
 
 
 def lay_out(block, rows):

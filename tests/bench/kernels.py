@@ -11,8 +11,9 @@ with no stalls and no memory latency in them: they say "this much work must hide
 a step takes. Of attention, bundles are counted of the loop that folds one block of keys for all heads; blocks differ in
 size, so the last column divides by their query-key pairs. `jax` rows are the kernel that JAX ships
 (jax.experimental.pallas.ops.tpu.ragged_paged_attention); its decodes work on 32 query tokens, of which one counts.
-Of other kernels, a Pallas kernel's bundles are those of a step of its grid, and XLA's cost model says what the
-instructions around it take, or all of them where there is no Pallas kernel; its bundles and spills are then of all.
+Of other kernels, a Pallas kernel's bundles are those of a step of its grid, of latent attention those of an item, and
+XLA's cost model says what the instructions around it take, or all of them where there is no Pallas kernel; its bundles
+and spills are then of all.
 
 A time is that of a call in a loop inside of one program: see tests/support/kernel_timing.py.
 """
@@ -248,9 +249,9 @@ def _other_row(chip, case, dump):
     if kernels := absent_tpu.pallas_names(hlo):
         ((name,), (grid,)) = kernels, absent_tpu.pallas_grids(absent_tpu.traced(chip, case.function, shapes).jaxpr)
         schedule = absent_tpu.schedule(dump, name)
-        bundles, spills, steps = schedule.bundles, schedule.uses["SPILL"], case.grid_steps(grid)
-        step = max(loop.bundles for loop in schedule.loops if loop.depth == 1)
-        own = steps * step
+        bundles, spills = schedule.bundles, schedule.uses["SPILL"]
+        steps, own = case.steps_and_bundles(grid, schedule)
+        step = round(own / steps)
     others = absent_tpu.estimated_cycles(hlo, unknown_turns=getattr(case, "rows", 1))
     times = [own / clock if clock else None, others / clock if clock else None, case.floor(SHOWN[chip])]
     return (

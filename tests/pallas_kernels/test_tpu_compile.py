@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear import linear
 from pallas_kernels.ragged_paged_attention import cache_shape, ragged_paged_attention, tpu_plan
 from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.selective_scan import tpu as scan_kernel
 
 pytestmark = pytest.mark.tpu
 reason = absent_tpu.prepare()
@@ -151,15 +152,21 @@ def test_experts_are_multiplied_where_they_lie(chip, num_tokens, E, top, I, O):
     assert executable.memory_analysis().temp_size_in_bytes < 4 * num_tokens * top * (2 * O + I) + 2**20
 
 
+def latents(num_tokens, N=16, pages=256):
+    """A step of DeepSeek-V2-Lite, or with 128 heads of DeepSeek-V3."""
+    array = jax.ShapeDtypeStruct
+    R, H, B, S, M = 512, 64, 128, 64, 32
+    floats = [array((num_tokens, *width), jnp.bfloat16) for width in [(N, R), (N, H), (R,), (H,)]]
+    cache = array(latent_attention.cache_shape(pages, B, R, H, "tpu"), jnp.bfloat16)
+    return [*floats, cache, *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)])]
+
+
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 @pytest.mark.parametrize("num_tokens", [64, 512])
 def test_latent_attention_writes_pages_in_place(chip, num_tokens):
-    """DeepSeek-V2-Lite, layers scanned over one array."""
-    array = jax.ShapeDtypeStruct
-    N, R, H, B, P, S, M, layers = 16, 512, 64, 128, 256, 64, 32, 4
-    cache = array(latent_attention.cache_shape(P * layers, B, R, H, "tpu"), jnp.bfloat16)
-    floats = [array((num_tokens, *width), jnp.bfloat16) for width in [(N, R), (N, H), (R,), (H,)]]
-    integers = [array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]]
+    """Layers scanned over one array."""
+    P, layers = 256, 4
+    q_latent, q_rope, latent, rope, cache, *integers = latents(num_tokens, pages=P * layers)
 
     def step(q_latent, q_rope, latent, rope, cache, *rest):
         def layer(carry, i):
@@ -171,9 +178,20 @@ def test_latent_attention_writes_pages_in_place(chip, num_tokens):
 
         return jax.lax.scan(layer, (q_latent, cache), jnp.arange(layers))[0]
 
-    executable, _ = absent_tpu.compile_for(chip, step, [*floats, cache, *integers], donate=(4,))
+    arrays = [q_latent, q_rope, latent, rope, cache, *integers]
+    executable, _ = absent_tpu.compile_for(chip, step, arrays, donate=(4,))
+    assert absent_tpu.pallas_names(executable.as_text()) == ["latent_attention.1"]
     assert executable.memory_analysis().alias_size_in_bytes >= num_bytes(cache)
     assert whole_step.large_copies(executable.as_text(), num_bytes(cache) // layers) == []
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "tpu7x"])
+@pytest.mark.parametrize("num_tokens, max_q_len", [(64, 1), (4096, None)], ids=["decode", "chunk"])
+def test_latent_attention_of_many_heads_fits_vector_memory(chip, num_tokens, max_q_len):
+    arrays = latents(num_tokens, N=128)
+    step = functools.partial(latent_attention.latent_attention, scale=0.1, max_q_len=max_q_len)
+    executable, _ = absent_tpu.compile_for(chip, step, arrays, donate=(4,))
+    assert len(absent_tpu.pallas_names(executable.as_text())) == 1
 
 
 # channels of a layer, numbers of a channel's state
@@ -194,6 +212,21 @@ def test_selective_scan_updates_states_in_place(chip, num_tokens, max_q_len, C, 
     step = functools.partial(selective_scan, max_q_len=max_q_len)
     executable, _ = absent_tpu.compile_for(chip, step, arrays, donate=(6,))
     memory = executable.memory_analysis()
+    assert len(absent_tpu.pallas_names(executable.as_text())) == (max_q_len is None)
     assert memory.alias_size_in_bytes >= num_bytes(state)
     assert whole_step.large_copies(executable.as_text(), 2**20) == []
     assert memory.temp_size_in_bytes < 2 * 2**20  # a state of one row is half a megabyte at most, all are 20 and more
+
+
+@pytest.mark.parametrize("chip, S", [("v5e", 352), ("v5p", 176)])
+def test_the_most_states_that_are_taken_fit_vector_memory(chip, S):
+    array = jax.ShapeDtypeStruct
+    T, C, N = 512, 5120, 16
+    x, state = array((T, C), jnp.bfloat16), array((S, N, C), jnp.float32)
+    limit = tpu_plan.vmem_limit("TPU v5" if chip == "v5p" else "")
+    assert 0.9 * limit < scan_kernel.vmem_bytes(x, x, state) < limit
+    b = array((T, N), jnp.bfloat16)
+    arrays = [x, x, array((N, C), jnp.float32), b, b, array((C,), jnp.float32), state]
+    arrays += [array((S + 1,), jnp.int32), array((), jnp.int32)]
+    executable, _ = absent_tpu.compile_for(chip, selective_scan, arrays, donate=(6,))
+    assert len(absent_tpu.pallas_names(executable.as_text())) == 1

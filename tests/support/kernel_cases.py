@@ -18,10 +18,12 @@ import numpy as np
 
 from pallas_kernels import latent_attention, ragged_paged_attention
 from pallas_kernels.grouped_matmul import MEGABLOX_ROWS, grouped_matmul
+from pallas_kernels.latent_attention import tpu_plan
 from pallas_kernels.linear import linear
 from pallas_kernels.ragged_paged_attention import scales
 from pallas_kernels.ragged_paged_attention.tpu_plan import round_up
 from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.selective_scan.tpu import UNROLLED
 from runtime.chips import CHIPS, Chip
 
 # Of the bundles that a TPU issues, one a cycle, as its FLOPs imply; there is no such figure of a TPU7x.
@@ -66,6 +68,11 @@ class Case:
     def grid_steps(self, grid: tuple) -> int:
         """Steps that a TPU kernel of this grid takes."""
         return math.prod(grid)
+
+    def steps_and_bundles(self, grid: tuple, schedule) -> tuple[int, int]:
+        """Steps that a TPU kernel takes, and bundles of all of them together."""
+        steps = self.grid_steps(grid)
+        return steps, steps * max(loop.bundles for loop in schedule.loops if loop.depth == 1)
 
 
 def random(seed, shape, dtype=jnp.bfloat16, low=-1.0, high=1.0):
@@ -257,6 +264,29 @@ class LatentAttention(Rows):
         tokens = [random(i, (T, *width)) for i, width in enumerate(widths)]
         return [*tokens, random(4, self.cache_shape(platform)), *self.batch()]
 
+    def steps_and_bundles(self, grid, schedule):
+        """Steps are items: a block of queries against what one fetch brings in. Loops inside have turns of their own.
+
+        Of loops without products the longest is taken for that over pages. The writer comes before the walks over
+        decodes and chunks; a granule goes out some turns after it came in.
+        """
+        q_latent, _, _, _, cache, *_ = self.shapes("tpu")
+        size = tpu_plan.blocks(q_latent, cache, self.columns, "decode" if self.is_decode else "chunk")
+        past = self.length - self.new
+        ends = [min(past + q + size.query, self.length) for q in range(0, self.new, size.query)]
+        items, blocks, pages = (
+            self.rows * sum(-(-end // n) for end in ends) for n in (size.fetch, size.compute, self.B)
+        )
+        granules = self.rows * (-(-self.length // tpu_plan.GRANULE) - past // tpu_plan.GRANULE)
+        turns = granules + tpu_plan.IN_FLIGHT // 2
+        outer = [loop for loop in schedule.loops if loop.depth == 1]
+        walk = [loop for loop in outer if loop.uses["MXU"]][0 if self.is_decode else -1]
+        inside = walk.inside(schedule.loops)
+        block = next(loop.bundles for loop in inside if loop.uses["MXU"])
+        page = max(loop.bundles for loop in inside if not loop.uses["MXU"])
+        writer = max(loop.bundles for loop in outer if not loop.uses["MXU"])
+        return items, items * (walk.bundles - block) + blocks * block + pages * page + turns * writer
+
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveScan(Case):
@@ -299,6 +329,25 @@ class SelectiveScan(Case):
             whole(np.arange(self.rows + 1) * self.new),
             whole(self.rows),
         ]
+
+    def steps_and_bundles(self, grid, schedule):
+        """A step holds a loop over parts of rows, and that one over some tokens at a time."""
+        (step,) = [loop for loop in schedule.loops if loop.depth == 1 and loop.uses["EUP"]]
+        (part,) = [loop for loop in step.inside(schedule.loops) if loop.uses["EUP"]]
+        turn, rest = [loop for loop in part.inside(schedule.loops) if loop.uses["EUP"]]
+        tiles, num_blocks = grid
+        size = self.T // num_blocks
+        parts = [n for block in range(num_blocks) for n in self.parts(block * size, size)]
+        turns = sum(n // UNROLLED * turn.bundles + n % UNROLLED * rest.bundles for n in parts)
+        bundles = num_blocks * (step.bundles - part.bundles) + turns
+        bundles += len(parts) * (part.bundles - turn.bundles - rest.bundles)
+        return math.prod(grid), tiles * bundles
+
+    def parts(self, first, size):
+        """Tokens of each row in a block."""
+        ends = range(self.new, self.T + 1, self.new)
+        found = [min(end, first + size) - max(end - self.new, first) for end in ends]
+        return [n for n in found if n > 0]
 
 
 ATTENTION = {
