@@ -225,7 +225,7 @@ ERRORS = {
         DIFFERS,
     ),
     "a row's page is written past its end": ("decodes", _Writer, "change", write_past_the_end, DIFFERS),
-    "padding is answered": ("decodes", _Walk, "send_answers", send_past_the_end, RACES),
+    "padding is answered": ("float32", _Walk, "send_answers", send_past_the_end, RACES),
     "rows past the count are written": ("fewer rows", tpu, "write_pages", write_all_rows, DIFFERS),
     "values are the end of an entry": (
         "decodes",
