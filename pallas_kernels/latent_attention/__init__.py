@@ -85,6 +85,7 @@ def cache_shape(num_pages, page_size, latent_width, rope_width, platform) -> tup
     return (num_pages, page_size, tpu_plan.round_up(width, tpu_plan.LANES) if platform == "tpu" else width)
 
 
-def _fastest(*arrays) -> str:
+def _fastest(q_latent_TNR, q_rope_TNH, cache_PBW, page_table_SM) -> str:
+    arrays = q_latent_TNR, q_rope_TNH, cache_PBW, page_table_SM
     is_taken = current_platform() == "tpu" and tpu_plan.refusal(*arrays, current_device_kind()) is None
     return "tpu" if is_taken else "reference"

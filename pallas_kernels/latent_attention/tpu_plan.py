@@ -37,7 +37,7 @@ def refusal(q_latent_TNR, q_rope_TNH, cache_PBW, page_table_SM, device_kind) -> 
         return f"page size {B} is not one of {PAGE_SIZES}; use {nearest}"
     if W != round_up(R + H, LANES):
         return f"a cache {W} wide was given where a TPU needs {round_up(R + H, LANES)}; allocate it by cache_shape"
-    if reason := table_refusal(*page_table_SM.shape, B):
+    if reason := table_refusal(page_table_SM, B):
         return reason
     needed = vmem_bytes(q_latent_TNR, cache_PBW, page_table_SM.shape[1])
     if needed > vmem_limit(device_kind):

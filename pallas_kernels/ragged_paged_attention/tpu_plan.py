@@ -77,14 +77,15 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None, device_kind="") -> str
     wanted = cache_shape(P, B, K, H)
     if (C, cache_H) != wanted[2:]:
         return f"a cache of {(P, B, C, cache_H)} was given where a TPU needs {wanted}; allocate it by cache_shape"
-    if page_table_SM is not None and (reason := table_refusal(*page_table_SM.shape, B)):
+    if page_table_SM is not None and (reason := table_refusal(page_table_SM, B)):
         return reason
     num_columns = 2**20 if page_table_SM is None else page_table_SM.shape[1]
     return _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns, device_kind)
 
 
-def table_refusal(S, M, B) -> str | None:
-    """Why the scalar memory does not hold a page table of S rows x M pages of B tokens; None when it does."""
+def table_refusal(page_table_SM, B) -> str | None:
+    """Why the scalar memory does not hold a page table of pages of B tokens; None when it does."""
+    S, M = page_table_SM.shape
     if S <= most_rows(M):
         return None
     needed, limit = 4 * S * (M + 2), TABLE_BYTES
