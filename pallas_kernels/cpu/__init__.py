@@ -62,11 +62,12 @@ def _define_attention(build) -> None:
 
 
 def _define_others(build) -> None:
-    from pallas_kernels.cpu import choosing, experts, matmul, untouched
+    from pallas_kernels.cpu import choosing, experts, likeliest, matmul, untouched
 
     build.chunk_function(matmul.chunk, matmul.CHUNK)
     build.handler(matmul.handle, matmul.TARGET)
     build.handler(experts.handle, experts.TARGET)
+    build.handler(likeliest.handle, likeliest.TARGET)
     build.chunk_function(choosing.chunk, choosing.CHUNK)
     build.handler(choosing.handle, choosing.TARGET)
     build.handler(untouched.handle, untouched.TARGET)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.cpu import arrays, ffi, matmul, threads
+from pallas_kernels.cpu import arrays, ffi, matmul
 from pallas_kernels.cpu import vectors as v
 
 TARGET = "jax_serving_cpu_experts_1"
@@ -21,24 +21,11 @@ def _start(frame):
     sizes, first = ffi.data(ffi.argument(frame, 2)), v.load_i32(ffi.data(ffi.argument(frame, 3)))
     inputs, outputs = ffi.dim(x, 1), ffi.dim(y, 1)
     max_threads, block_rows, block_outs = ffi.int_in(frame, 0, 0), ffi.int_in(frame, 0, 1), ffi.int_in(frame, 0, 2)
-    scratch = ffi.result(frame, 1)
-    job = ffi.data(scratch)
-    stride = 4 * ((ffi.dim(scratch, 0) - matmul.HEAD_WORDS) // max_threads)
-    own = job + 4 * matmul.HEAD_WORDS
-    for field in range(0, own - job, 8):
-        v.store_i64(job + field, 0)
+    in_panels = ffi.int_in(frame, 0, 3)
+    job = matmul.begin(ffi.result(frame, 1), inputs, outputs, max_threads, block_rows, block_outs, in_panels)
     v.store_i64(job + matmul.X_DTYPE, ffi.dtype(x))
     v.store_i64(job + matmul.KERNEL_DTYPE, ffi.dtype(kernels))
     v.store_i64(job + matmul.Y_DTYPE, ffi.dtype(y))
-    v.store_i64(job + matmul.INPUTS, inputs)
-    v.store_i64(job + matmul.OUTPUTS, outputs)
-    v.store_i64(job + matmul.BLOCK_ROWS, block_rows)
-    v.store_i64(job + matmul.BLOCK_OUTS, block_outs)
-    v.store_i64(job + matmul.PANELS, ffi.int_in(frame, 0, 3))
-    v.store_i64(job + matmul.SCRATCH, own)
-    v.store_i64(job + matmul.SCRATCH_STRIDE, stride)
-    num_block_outs = (outputs + block_outs - 1) // block_outs
-    v.store_i64(job + matmul.NUM_BLOCK_OUTS, num_block_outs)
     row, limit = 0, ffi.dim(x, 0)
     for expert in range(ffi.dim(ffi.argument(frame, 2), 0)):
         count = min(v.load_i32(sizes + 4 * expert), limit - row)
@@ -48,11 +35,7 @@ def _start(frame):
         v.store_i64(job + matmul.X, ffi.data(x) + row * inputs * arrays.itemsize(ffi.dtype(x)))
         v.store_i64(job + matmul.KERNEL, ffi.data(kernels) + kernel)
         v.store_i64(job + matmul.Y, ffi.data(y) + row * outputs * arrays.itemsize(ffi.dtype(y)))
-        v.store_i64(job + matmul.TOKENS, count)
-        for thread in range(max_threads):
-            v.store_i64(own + thread * stride, -1)  # what it has prepared are another expert's rows
-        blocks = (count + block_rows - 1) // block_rows
-        threads.run(matmul.chunk_address(), job, blocks * num_block_outs, max_threads)
+        matmul.run(job, count, max_threads)
         row += count
 
 

@@ -40,8 +40,12 @@ SILU, GELU_TANH, RELU = 1, 2, 3
     BLOCK_ROWS, BLOCK_OUTS, NUM_BLOCK_OUTS, PANELS, SCRATCH, SCRATCH_STRIDE,
 ) = range(0, 8 * 27, 8)  # fmt: skip
 EPS, NORM_OFFSET = 8 * 27, 8 * 28
+# Bytes from a thread's scratch to what it found of each token so far, where nothing but the largest output is wanted.
+FOUND = 8 * 29
 HEAD_WORDS = 64  # float32 words of scratch before the threads' own: the job
 THREAD_WORDS = 16  # words at the head of a thread's scratch: the block of tokens it holds
+# What a thread found of a token: a register of sums, the largest output and its number.
+LARGEST, NUMBER, FOUND_BYTES = v.WIDTH, v.WIDTH + 8, 2 * v.WIDTH
 
 FLOATS, INTS = 0, 1  # attributes, in alphabetical order
 chunk_address = v.external(CHUNK)
@@ -232,6 +236,26 @@ def _finish(job, y, o, out, row_scale, one):
 
 
 @_compiled
+def _find(job, found, y, first, row_scale):
+    """Looks for a token's largest output, the first of equals, among those of a panel, and adds all of them up."""
+    high = v.splat(-np.inf)
+    for i in range(0, OUTS, v.LANES):
+        value = _total(job, y + 4 * i, first + i, row_scale, False)
+        v.store_v(y + 4 * i, value)
+        v.store_v(found, v.add(v.load_v(found), value))
+        high = v.maximum(value, high)
+    before = v.load_f32(found + LARGEST)
+    if v.any_reaches(high, v.splat(before)):
+        largest = v.largest(high)
+        for i in range(OUTS):
+            if v.load_f32(y + 4 * i) == largest:
+                if largest > before or first + i < v.load_i64(found + NUMBER):
+                    v.store_f32(found + LARGEST, largest)
+                    v.store_i64(found + NUMBER, first + i)
+                return
+
+
+@_compiled
 def _chunk(job, chunk, thread):
     inputs, outputs, gated = v.load_i64(job + INPUTS), v.load_i64(job + OUTPUTS), v.load_i64(job + GATED)
     block_rows, block_outs = v.load_i64(job + BLOCK_ROWS), v.load_i64(job + BLOCK_OUTS)
@@ -250,7 +274,8 @@ def _chunk(job, chunk, thread):
         v.store_i64(own, block)
 
     if v.load_i64(job + PANELS):
-        _multiply_panels(job, token, rows, o, outs, panel, scales, sums, threads.ahead(thread) < 0)
+        found = own + v.load_i64(job + FOUND) + token * FOUND_BYTES if v.load_i64(job + FOUND) else 0
+        _multiply_panels(job, token, rows, o, outs, panel, scales, sums, found, threads.ahead(thread) < 0)
         return 0
     itemsize, x_itemsize = arrays.itemsize(dtype), _token_bytes(dtype)
     x_stride, w_stride, y_stride = x_itemsize * inputs, itemsize * inputs, 4 * block_outs * (1 + gated)
@@ -281,8 +306,12 @@ def _chunk(job, chunk, thread):
 
 
 @_compiled
-def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
-    """A chunk of a kernel in panels: outputs [o, o + outs) of tokens [token, token + rows), prepared at `panel`."""
+def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, found, backwards):
+    """A chunk of a kernel in panels: outputs [o, o + outs) of tokens [token, token + rows), prepared at `panel`.
+
+    Args:
+        found: where what is found of these tokens stands; 0 to write their outputs.
+    """
     outputs, gated = v.load_i64(job + OUTPUTS), v.load_i64(job + GATED)
     y_stride = 4 * OUTS * (1 + gated)
     for i in range(0, outs, OUTS):
@@ -294,6 +323,9 @@ def _multiply_panels(job, token, rows, o, outs, panel, scales, sums, backwards):
             _multiply_words(job, rows, first, panel, sums, y_stride, backwards)
         for m in range(rows):
             y, out, row_scale = sums + m * y_stride, (token + m) * outputs + first, v.load_f32(scales + 4 * m)
+            if found:
+                _find(job, found + m * FOUND_BYTES, y, first, row_scale)
+                continue
             for i in range(0, OUTS, v.LANES):
                 _finish(job, y + 4 * i, first + i, out + i, row_scale, False)
 
@@ -335,46 +367,59 @@ def _panel_bytes(itemsize, rows, inputs):
 
 
 @_compiled
-def _describe(job, index, buffer):
+def begin(scratch, inputs, outputs, max_threads, block_rows, block_outs, in_panels):
+    """Makes an empty job at the head of a scratch buffer, `[head + threads * words]`; returns its address."""
+    job = ffi.data(scratch)
+    own = job + 4 * HEAD_WORDS
+    for field in range(job, own, 8):
+        v.store_i64(field, 0)
+    v.store_i64(job + INPUTS, inputs)
+    v.store_i64(job + OUTPUTS, outputs)
+    v.store_i64(job + BLOCK_ROWS, block_rows)
+    v.store_i64(job + BLOCK_OUTS, block_outs)
+    v.store_i64(job + NUM_BLOCK_OUTS, (outputs + block_outs - 1) // block_outs)
+    v.store_i64(job + PANELS, in_panels)
+    v.store_i64(job + SCRATCH, own)
+    v.store_i64(job + SCRATCH_STRIDE, 4 * ((ffi.dim(scratch, 0) - HEAD_WORDS) // max_threads))
+    return job
+
+
+@_compiled
+def describe(job, index, buffer):
     """Notes an array's address (0 for an empty one) and dtype."""
     v.store_i64(job + index, ffi.data(buffer) if ffi.size(buffer) > 0 else 0)
     v.store_i64(job + index + 8, ffi.dtype(buffer))
 
 
 @_compiled
-def _start(frame):
-    """Arguments: x, kernel, scale, offset, norm, residual, bias, num_tokens; results: y, scratch.
-
-    The scratch is `[head + threads * words]`.
-    """
-    y, scratch = ffi.result(frame, 0), ffi.result(frame, 1)
-    job = ffi.data(scratch)
-    for i in range(7):
-        _describe(job, (X, KERNEL, SCALE, OFFSET, NORM, RESIDUAL, BIAS)[i], ffi.argument(frame, i))
-    _describe(job, Y, y)
-    tokens = min(v.load_i32(ffi.data(ffi.argument(frame, 7))), ffi.dim(y, 0))
-    activation, gated, max_threads = ffi.int_in(frame, INTS, 0), ffi.int_in(frame, INTS, 1), ffi.int_in(frame, INTS, 2)
-    block_rows, block_outs = ffi.int_in(frame, INTS, 3), ffi.int_in(frame, INTS, 4)
-    v.store_i64(job + PANELS, ffi.int_in(frame, INTS, 5))
-    outputs = ffi.dim(y, 1)
-    num_block_outs = (outputs + block_outs - 1) // block_outs
+def run(job, tokens, max_threads):
+    """Does a job for so many tokens, which no thread has prepared yet."""
     v.store_i64(job + TOKENS, tokens)
-    v.store_i64(job + INPUTS, ffi.dim(ffi.argument(frame, 0), 1))
-    v.store_i64(job + OUTPUTS, outputs)
+    for thread in range(max_threads):
+        v.store_i64(v.load_i64(job + SCRATCH) + thread * v.load_i64(job + SCRATCH_STRIDE), -1)
+    block_rows = v.load_i64(job + BLOCK_ROWS)
+    blocks = (tokens + block_rows - 1) // block_rows
+    threads.run(chunk_address(), job, blocks * v.load_i64(job + NUM_BLOCK_OUTS), max_threads)
+
+
+@_compiled
+def _start(frame):
+    """Arguments: x, kernel, scale, offset, norm, residual, bias, num_tokens; results: y, scratch."""
+    y = ffi.result(frame, 0)
+    activation, gated, max_threads = ffi.int_in(frame, INTS, 0), ffi.int_in(frame, INTS, 1), ffi.int_in(frame, INTS, 2)
+    block_rows, block_outs, in_panels = (
+        ffi.int_in(frame, INTS, 3), ffi.int_in(frame, INTS, 4), ffi.int_in(frame, INTS, 5),
+    )  # fmt: skip
+    inputs = ffi.dim(ffi.argument(frame, 0), 1)
+    job = begin(ffi.result(frame, 1), inputs, ffi.dim(y, 1), max_threads, block_rows, block_outs, in_panels)
+    for i in range(7):
+        describe(job, (X, KERNEL, SCALE, OFFSET, NORM, RESIDUAL, BIAS)[i], ffi.argument(frame, i))
+    describe(job, Y, y)
     v.store_i64(job + GATED, gated)
     v.store_i64(job + ACTIVATION, activation)
-    v.store_i64(job + BLOCK_ROWS, block_rows)
-    v.store_i64(job + BLOCK_OUTS, block_outs)
-    v.store_i64(job + NUM_BLOCK_OUTS, num_block_outs)
-    stride = 4 * ((ffi.dim(scratch, 0) - HEAD_WORDS) // max_threads)
-    v.store_i64(job + SCRATCH, job + 4 * HEAD_WORDS)
-    v.store_i64(job + SCRATCH_STRIDE, stride)
     v.store_f32(job + EPS, ffi.float_in(frame, FLOATS, 0))
     v.store_f32(job + NORM_OFFSET, ffi.float_in(frame, FLOATS, 1))
-    for thread in range(max_threads):
-        v.store_i64(job + 4 * HEAD_WORDS + thread * stride, -1)
-    blocks = (tokens + block_rows - 1) // block_rows
-    threads.run(chunk_address(), job, blocks * num_block_outs, max_threads)
+    run(job, min(v.load_i32(ffi.data(ffi.argument(frame, 7))), ffi.dim(y, 0)), max_threads)
 
 
 def handle(frame):

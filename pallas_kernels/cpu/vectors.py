@@ -402,6 +402,13 @@ def largest(b, x):
     return fold(b, x, lambda u, v: b.select(b.fcmp_ordered(">", u, v), u, v))
 
 
+@op(types.boolean, vector, vector)
+def any_reaches(b, x, y):
+    """Whether some element of x is at least y's; never where either is NaN."""
+    bits = b.bitcast(b.fcmp_ordered(">=", x, y), ir.IntType(LANES))
+    return b.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+
 @op(types.float32, types.float32)
 def square_root(b, x):
     return call(b, "llvm.sqrt.f32", F32, x)
