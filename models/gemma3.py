@@ -18,6 +18,7 @@ from flax import nnx
 from models.inputs import CacheSpec
 from models.layers.attention import Attention, Step
 from models.layers.embedding import Embedding
+from models.layers.head import Head
 from models.layers.linear import Linear
 from models.layers.mlp import MLP
 from models.layers.norm import RMSNorm
@@ -57,7 +58,7 @@ class Gemma3Config:
         return len(self.windows)
 
 
-class Gemma3(nnx.Module):
+class Gemma3(Head):
     def __init__(self, config: Gemma3Config, *, rngs: nnx.Rngs):
         c = self.config = config
         self.embed = Embedding(c.vocab_size, c.hidden_size, rngs=rngs)
@@ -82,15 +83,13 @@ class Gemma3(nnx.Module):
         return self.norm(x_TD), caches
 
     def logits(self, hidden_SD, num_rows=None):
-        """Scores the vocabulary, float32[S, V]. Pass only the rows to be sampled; rows past num_rows are padding."""
-        c = self.config
-        if c.tie_embeddings:
-            logits_SV = self.embed.scores(hidden_SD, num_rows)
-        else:
-            logits_SV = self.lm_head(hidden_SD, num_rows, out_dtype=jnp.float32)
-        if c.logits_soft_cap is None:
-            return logits_SV
-        return c.logits_soft_cap * jnp.tanh(logits_SV / c.logits_soft_cap)
+        """See `Head.logits`."""
+        logits_SV, cap = super().logits(hidden_SD, num_rows), self.config.logits_soft_cap
+        return logits_SV if cap is None else cap * jnp.tanh(logits_SV / cap)
+
+    def finds_likeliest(self, hidden_SD) -> bool:
+        """Not under a soft cap, which makes equals of some scores."""
+        return self.config.logits_soft_cap is None and super().finds_likeliest(hidden_SD)
 
 
 class Block(nnx.Module):

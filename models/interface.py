@@ -46,6 +46,16 @@ class Model(Protocol):
         """
         ...
 
+    def finds_likeliest(self, hidden_SD: jax.Array) -> bool:
+        """Whether `likeliest` takes less than `logits` and a look at them."""
+        ...
+
+    def likeliest(
+        self, hidden_SD: jax.Array, num_rows: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(token_S, best_S, is_finite_S): the first of each row's highest logits, the logit, whether all are finite."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Graph:

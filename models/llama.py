@@ -11,13 +11,13 @@ Dimension key
 
 import dataclasses
 
-import jax.numpy as jnp
 from flax import nnx
 
 from models.inputs import CacheSpec
 from models.layers.attention import Attention, Step
 from models.layers.embedding import Embedding
 from models.layers.experts import Mixture, feed_forward
+from models.layers.head import Head
 from models.layers.linear import Linear
 from models.layers.norm import RMSNorm
 from models.layers.rope import Rope, rope_tables
@@ -54,7 +54,7 @@ class LlamaConfig:
         return len(self.windows)
 
 
-class Llama(nnx.Module):
+class Llama(Head):
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         self.embed = Embedding(c.vocab_size, c.hidden_size, rngs=rngs)
@@ -72,12 +72,6 @@ class Llama(nnx.Module):
         step = Step(inputs, rope_tables((self.config.rope,), inputs.positions_T))
         x_TD, caches = self.layers(self.embed(inputs.token_ids_T, self.norm.scale[...].dtype), caches, step)
         return self.norm(x_TD), caches
-
-    def logits(self, hidden_SD, num_rows=None):
-        """Scores the vocabulary, float32[S, V]. Pass only the rows to be sampled; rows past num_rows are padding."""
-        if self.config.tie_embeddings:
-            return self.embed.scores(hidden_SD, num_rows)
-        return self.lm_head(hidden_SD, num_rows, out_dtype=jnp.float32)
 
 
 class Block(nnx.Module):

@@ -21,7 +21,7 @@ from models.interface import bind
 from runtime.batch import FROM_DEVICE, StepLayout
 from runtime.buckets import Bucket
 from runtime.config import EnginePlan
-from runtime.sampling import Knobs, finished, sample_spread, score_tokens, whole_scores
+from runtime.sampling import Knobs, finished, sample_states, score_tokens, whole_scores
 from runtime.step_state import StepOutput, StepState, pack_rows
 from runtime.window import make_window
 
@@ -72,8 +72,9 @@ def _make_mixed(graph: Any, bucket: Bucket, plan: EnginePlan) -> Callable:
         history_XU = state.history_XU.at[slot_T, positions_T].set(token_ids_T)
 
         knobs = Knobs.unpack(f["knobs"], num_known_S=kv_lens_S)
-        sampled = sample_spread(
-            model.logits(hidden_TD[jnp.maximum(cu_S1[1:] - 1, 0)], num_rows),
+        sampled = sample_states(
+            model,
+            hidden_TD[jnp.maximum(cu_S1[1:] - 1, 0)],
             knobs,
             state.tables,
             slots_S,

@@ -28,7 +28,7 @@ from runtime.batch import StepLayout
 from runtime.buckets import Bucket
 from runtime.config import EnginePlan
 from runtime.drafting import Spread, count_gained, propose
-from runtime.sampling import Knobs, Tables, finished, looks_back_S, nothing, sample_spread
+from runtime.sampling import Knobs, Tables, finished, looks_back_S, nothing, sample_states
 from runtime.step_state import StepOutput, StepState, pack_rows
 
 
@@ -49,8 +49,9 @@ class Rows:
 
     def sample(self, w: "Window", hidden, num, knobs, slots, mask):
         """(what is sampled from each hidden state, whether it ends its row)."""
-        sampled = sample_spread(
-            self.model.logits(hidden, num),
+        sampled = sample_states(
+            self.model,
+            hidden,
             knobs,
             self.tables,
             slots,

@@ -4,7 +4,7 @@ from runtime.sampling.adjust import looks_back_S
 from runtime.sampling.knobs import KNOB_FIELDS, Knobs, advance, pack
 from runtime.sampling.logprobs import nothing, score_tokens
 from runtime.sampling.sampler import Sampled, finished, sample
-from runtime.sampling.spread import sample_spread, whole_scores
+from runtime.sampling.spread import sample_states, whole_scores
 from runtime.sampling.tables import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -42,7 +42,7 @@ __all__ = [
     "pack",
     "row_settings",
     "sample",
-    "sample_spread",
+    "sample_states",
     "score_tokens",
     "whole_scores",
 ]

@@ -128,7 +128,12 @@ def wants_more_S(knobs: Knobs) -> jax.Array:
 def likeliest(logits_SV, max_logprobs: int) -> Sampled:
     """What `sample` gives when no row wants more."""
     best_S, token_S = best(logits_SV)
-    is_faulty_S = ~(_is_finite_S(logits_SV) & jnp.isfinite(best_S))
+    return of_likeliest(token_S, best_S, _is_finite_S(logits_SV), max_logprobs)
+
+
+def of_likeliest(token_S, best_S, is_finite_S, max_logprobs: int) -> Sampled:
+    """The same, of each row's likeliest token, its logit, and whether all of the row's are finite."""
+    is_faulty_S = ~(is_finite_S & jnp.isfinite(best_S))
     return Sampled(token_S, is_faulty_S, *logprobs.nothing(len(token_S), max_logprobs))
 
 

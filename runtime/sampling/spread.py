@@ -16,11 +16,29 @@ from models import parallel
 from pallas_kernels.platform import current_platform
 from runtime.sampling.knobs import LOGPROBS, Knobs
 from runtime.sampling.logprobs import nothing
-from runtime.sampling.sampler import Sampled, describe, likeliest, pick, sample, wants_more_S
+from runtime.sampling.sampler import Sampled, describe, likeliest, of_likeliest, pick, sample, wants_more_S
 
 # Rows sampled at a time. A turn keeps some arrays as large as its scores: with 256 rows of 128,000 tokens at once they
 # would be 500 MiB beside the scores themselves. On a CPU scores are small, and a turn more costs more than it saves.
 ROWS = {"tpu": 8, "gpu": 16}
+
+
+def sample_states(
+    model, hidden_SD, knobs: Knobs, tables, slots_S, history_XU, mask_SW, *, num_rows=None, **options
+) -> Sampled:
+    """Scores a model's last states and samples, as `sample` does; no scores are written where there is no need."""
+
+    def by_scores():
+        logits_SV = model.logits(hidden_SD, num_rows)
+        return sample_spread(logits_SV, knobs, tables, slots_S, history_XU, mask_SW, num_rows=num_rows, **options)
+
+    def by_likeliest():
+        token_S, best_S, is_finite_S = model.likeliest(hidden_SD, num_rows)
+        return of_likeliest(token_S, best_S, is_finite_S, options["max_logprobs"])
+
+    if not model.finds_likeliest(hidden_SD):
+        return by_scores()
+    return lax.cond(wants_more_S(knobs).any(), by_scores, by_likeliest)
 
 
 def sample_spread(
