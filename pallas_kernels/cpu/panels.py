@@ -22,7 +22,7 @@ TILES = (12, 8, 6, 4, 3, 2, 1) if v.LANES == 16 else (6, 4, 3, 2, 1)
 HAS_BYTES = v.HAS_BYTE_DOT or (v.HAS_AVX2 and v.LANES == 8)  # whether there is a product of int8
 MOST_OF_BYTES = TILES[0] if v.HAS_BYTE_DOT else 4  # of int8, whose weights and their sizes take registers too
 DEPTH_BYTES = 2048  # of a token's inputs at a time: a tile's tokens then fit the first level of caches
-CHUNK_BYTES = 131072  # of weights that a thread claims at a time
+CHUNK_BYTES = 32768  # of weights that a thread claims at a time: the less, the sooner all threads are done
 
 
 @functools.cache
