@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import cpu, panels
+from pallas_kernels.cpu import likeliest as kernel
 from pallas_kernels.likeliest import finds, likeliest
 
 S, I, V = 13, 128, 4096  # two tiles of rows; many chunks, which two threads take from both ends
@@ -36,6 +37,11 @@ def find(x_SI, kernel_VI, scale_V=None, num_rows=None, implementation=None):
     return likeliest(x_SI, panels.pack(kernel_VI), num_rows, **options)
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def find_on(x_SI, packed_VI, num_threads):
+    return kernel.likeliest(x_SI, packed_VI, None, kernel_scale=None, num_threads=num_threads)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8], ids=["bfloat16", "int8"])
 @pytest.mark.parametrize("num_rows", [1, 7, S])
 def test_finds_what_the_scores_say(dtype, num_rows):
@@ -49,15 +55,21 @@ def test_finds_what_the_scores_say(dtype, num_rows):
         np.testing.assert_array_equal(got[:num_rows], want[:num_rows])
 
 
-def test_takes_the_first_of_equals():
-    """Wherever they stand: in one panel, in another thread's, at either end."""
-    kernel_VI, _ = vocabulary(jnp.bfloat16)
-    best_S = np.asarray(find(states(), kernel_VI)[0])
-    for twins in [(0, V - 1), (5, 6), (V // 2 - 1, V // 2), (V - 2, V - 1), (17, 1800, 3999)]:
-        placed_VI = kernel_VI.at[jnp.array(twins)].set(2 * kernel_VI[best_S[3]])
-        token_S, _, is_finite_S = find(states(), placed_VI)
-        assert token_S[3] == twins[0], twins
-        assert is_finite_S.all()
+@pytest.mark.parametrize("num_threads", [2, 4])
+def test_takes_the_first_of_equals(num_threads):
+    """Wherever they stand: in one panel, or in two of those that a thread takes from either end, or in two threads'."""
+    size, pool = 32768, cpu.register()
+    kernel_VI = jnp.asarray(np.random.default_rng(0).standard_normal((size, I)), jnp.bfloat16) * I**-0.5
+    best_S, before = np.asarray(find(states(), kernel_VI)[0]), pool.num_threads
+    pool.start(num_threads)
+    try:
+        for twins in [(5, 6), (0, size - 1), (size - 300, size - 1), (17, 300, 20000), (size // 2 - 1, size // 2 + 64)]:
+            twin_VI = kernel_VI.at[jnp.array(twins)].set(2 * kernel_VI[best_S[3]])
+            token_S, _, is_finite_S = find_on(states(), panels.pack(twin_VI), num_threads)
+            assert token_S[3] == twins[0], twins
+            assert is_finite_S.all()
+    finally:
+        pool.start(before)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
