@@ -8,11 +8,12 @@ import httpx
 import pytest
 import server_process
 import tiny
+from quick_compile import QUICK
 
 FLAGS = "--max-model-len 256 --max-num-seqs 2 --max-num-batched-tokens 16 --block-size 4 --num-gpu-blocks-override 128"
 FLAGS += " --dtype float32 --speculative-config.num_speculative_tokens 0 --served-model-name tiny -dp 2"
 TWO_DEVICES = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}",
     "JAX_PLATFORMS": "cpu",
     "VLLM_SERVER_DEV_MODE": "1",
 }

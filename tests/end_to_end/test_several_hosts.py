@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 import tiny
+from quick_compile import QUICK
 
 from converters.families import FAMILIES
 
@@ -43,7 +44,7 @@ class Host:
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
             "VLLM_SERVER_DEV_MODE": "1",
         }
         with log.open("w") as file:

@@ -14,7 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+from quick_compile import QUICK
+
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"  # before JAX asks for devices
 
 import tiny
 import turned_layouts
