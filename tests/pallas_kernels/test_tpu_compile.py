@@ -180,7 +180,8 @@ def test_latent_attention_writes_pages_in_place(chip, num_tokens):
 
     arrays = [q_latent, q_rope, latent, rope, cache, *integers]
     executable, _ = absent_tpu.compile_for(chip, step, arrays, donate=(4,))
-    assert absent_tpu.pallas_names(executable.as_text()) == ["latent_attention.1"]
+    (name,) = absent_tpu.pallas_names(executable.as_text())
+    assert name.startswith("latent_attention")
     assert executable.memory_analysis().alias_size_in_bytes >= num_bytes(cache)
     assert whole_step.large_copies(executable.as_text(), num_bytes(cache) // layers) == []
 
