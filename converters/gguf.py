@@ -41,6 +41,22 @@ SANDWICH_NAMES = NAMES | {
     "blk.{i}.ffn_norm": "model.layers.{i}.pre_feedforward_layernorm",
     "blk.{i}.post_ffw_norm": "model.layers.{i}.post_feedforward_layernorm",
 }
+
+
+def _of_experts(hf: str, names: dict[str, str]) -> dict[str, str]:
+    """The names of a layer's experts, in one tensor, and in older files in one for each.
+
+    Args:
+        hf: what Hugging Face's checkpoints call the layer.
+        names: what they call each expert's gate, up and down.
+    """
+    layer, found = f"model.layers.{{i}}.{hf}", {}
+    for theirs, ours in names.items():
+        for form in ("_exps", ".{e}"):
+            found[f"blk.{{i}}.ffn_{theirs}{form}"] = f"{layer}.experts.{{e}}.{ours}"
+    return NAMES | {"blk.{i}.ffn_gate_inp": f"{layer}.gate"} | found
+
+
 ROPE_FACTORS = "rope_freqs.weight"
 GEMMA3_27B_LAYERS = 62  # the one size whose queries are scaled by hidden_size / heads, not by head_dim
 
@@ -86,6 +102,22 @@ def _qwen3_fields(keys, hf):
     return {"use_sliding_window": False}
 
 
+def _qwen3_moe_fields(keys, hf):
+    experts = _expert_fields(keys, "num_experts")
+    size = keys.integer("expert_feed_forward_length")
+    return experts | {"use_sliding_window": False, "moe_intermediate_size": size, "norm_topk_prob": True}
+
+
+def _mixtral_fields(keys, hf):
+    return _expert_fields(keys, "num_local_experts") | {"sliding_window": keys.values.get("attention.sliding_window")}
+
+
+def _expert_fields(keys, count):
+    keys.only("expert_gating_func", 1, "only routers by softmax are supported")
+    keys.only("expert_shared_count", 0, "experts that all tokens share are not supported")
+    return {count: keys.integer("expert_count"), "num_experts_per_tok": keys.integer("expert_used_count")}
+
+
 def _gemma3_fields(keys, hf):
     size, heads = hf["hidden_size"], hf["num_attention_heads"]
     return {
@@ -103,8 +135,23 @@ ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", NAMES, _unpermute),
     "qwen2": Architecture("Qwen2ForCausalLM", NAMES),
     "qwen3": Architecture("Qwen3ForCausalLM", NAMES, extra=_qwen3_fields),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        _of_experts("mlp", {name: f"{name}_proj" for name in ("gate", "up", "down")}),
+        extra=_qwen3_moe_fields,
+    ),
     "gemma3": Architecture("Gemma3ForCausalLM", SANDWICH_NAMES, _minus_one, _gemma3_fields),
 }
+# A file says "llama" of these too.
+MIXTRAL = Architecture(
+    "MixtralForCausalLM",
+    _of_experts("block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}),
+    _unpermute,
+    _mixtral_fields,
+)
+
+
+OF_EXPERTS = (MIXTRAL.hf, ARCHITECTURES["qwen3moe"].hf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +170,30 @@ class GgufTensors:
     def __init__(self, file: GgufFile, architecture: Architecture, hf_config: dict[str, Any]):
         self.file = file
         self._undo = architecture.undo(hf_config)
-        self._names = {_hf_name(name, architecture, file): name for name in file.tensors if name != ROPE_FACTORS}
-        self.tensors: dict[str, TensorInfo] = {ours: file.tensors[name] for ours, name in self._names.items()}
+        self._places: dict[str, tuple[str, int | None]] = {}  # our name: its tensor, and which expert of those in it
+        self.tensors: dict[str, TensorInfo] = {}
+        for theirs, info in file.tensors.items():
+            if theirs == ROPE_FACTORS:
+                continue
+            ours = _hf_name(theirs, architecture, file)
+            if "{e}" not in ours:
+                self._places[ours], self.tensors[ours] = (theirs, None), info
+                continue
+            num_experts, *shape = info.shape
+            for e in range(num_experts):
+                name = ours.replace("{e}", f"{e}")
+                self._places[name], self.tensors[name] = (theirs, e), TensorInfo(tuple(shape), info.dtype)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        theirs, expert = self._places[name]
         undo = next((undo for part, undo in self._undo.items() if part in name), None)
         if undo is None:
-            return self.file.read(self._names[name], rows)
+            return self.file.read(theirs, rows, expert)
         if rows is None:
-            return undo.apply(self.file.read(self._names[name]))
+            return undo.apply(self.file.read(theirs))
         size = undo.num_rows
         first, last = rows.start // size * size, -(-rows.stop // size) * size
-        found = undo.apply(self.file.read(self._names[name], slice(first, last)))
+        found = undo.apply(self.file.read(theirs, slice(first, last)))
         return found[rows.start - first : rows.stop - first]
 
 
@@ -149,6 +208,8 @@ def open_gguf(path: Path) -> Checkpoint:
     architecture = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if architecture is None:
         raise ConversionError(f"{path}: architecture {name!r} is not known; known: {', '.join(ARCHITECTURES)}")
+    if name == "llama" and file.metadata.get("llama.expert_count"):
+        architecture = MIXTRAL
     hf_config = _hf_config(file, architecture)
     fields = Fields(hf_config, str(path))
     family = family_of(fields)
@@ -169,14 +230,17 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _hf_name(name, architecture, file):
+    """Hugging Face's name; with "{e}" in it of a tensor that has all experts of a layer."""
     base, _, word = name.rpartition(".")
-    number = re.fullmatch(r"blk\.(\d{1,6})\.(.+)", base)
-    key = f"blk.{{i}}.{number[2]}" if number else base
+    number = re.fullmatch(r"blk\.(\d{1,6})\.(.+?)(?:\.(\d{1,6}))?", base)
+    expert = number[3] if number else None
+    key = f"blk.{{i}}.{number[2]}{'' if expert is None else '.{e}'}" if number else base
     if key not in architecture.names or word not in ("weight", "bias"):
         raise ConversionError(
             f"{file.path}: tensor {name!r} has no place in {architecture.hf}; add a row to converters/gguf.py"
         )
-    return f"{architecture.names[key]}.{word}".replace("{i}", number[1] if number else "")
+    ours = f"{architecture.names[key]}.{word}".replace("{i}", number[1] if number else "")
+    return ours if expert is None else ours.replace("{e}", expert)
 
 
 def _hf_config(file, architecture) -> dict[str, Any]:
@@ -184,8 +248,8 @@ def _hf_config(file, architecture) -> dict[str, Any]:
     prefix = file.metadata["general.architecture"] + "."
     values = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
     keys = Fields(values, f"{file.path}, {prefix}*")
-    if keys.integer("expert_count", 0, low=0):
-        raise ConversionError(f"{file.path}: has experts; mixtures are read from safetensors folders, not from GGUF")
+    if architecture.hf not in OF_EXPERTS and keys.integer("expert_count", 0, low=0):
+        raise ConversionError(f"{file.path}: has experts; of mixtures Mixtral (llama) and qwen3moe are known")
     size, heads = keys.integer("embedding_length"), keys.integer("attention.head_count", high=2**12)
     hf = {
         "architectures": [architecture.hf],

@@ -44,11 +44,16 @@ class GgufFile:
                 raise
             raise ConversionError(f"{path}: cannot be read ({error}); download it again") from error
 
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+    def read(self, name: str, rows: slice | None = None, part: int | None = None) -> np.ndarray:
+        """As rules.TensorSource has it; with a part, of that element of the first axis."""
         info, kind, (start, nbytes) = self.tensors[name], self.types[name], self._stretches[name]
         shape = info.shape
+        if part is not None:
+            count, *shape = shape
+            nbytes //= count
+            start += part * nbytes
         if rows is not None and len(shape) == 1 and kind not in PLAIN:  # its blocks are not rows
-            return self.read(name)[rows]
+            return self.read(name, None, part)[rows]
         if rows is not None:
             row = nbytes // shape[0]
             start, nbytes = start + rows.start * row, (rows.stop - rows.start) * row

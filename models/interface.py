@@ -117,7 +117,7 @@ def logical_axes(
 def _shapes(model_class, config, stacked, quantization):
     model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
     for _, module in list(nnx.iter_modules(model)) if quantization else ():
-        if isinstance(module, Linear | Embedding):
+        if isinstance(module, Linear | Embedding | PerExpert):
             module.quantise(quantization)
     if stacked:
         for _, module in list(nnx.iter_modules(model)):

@@ -122,9 +122,9 @@ def _are_groups(kernel, scale, offset) -> bool:
 
 def reference(
     x_TI, kernel, num_tokens, *, kernel_scale, kernel_offset, norm_I, norm_eps, norm_offset, residual_TO, bias,
-    activation, out_dtype, multiply_int4=None,
+    activation, out_dtype, by_int4=None,
 ):  # fmt: skip
-    """Plain jnp over all rows, padding too; multiply_int4(x, kernel, scale, offset) in place of its own where given."""
+    """Plain jnp over all rows, padding too; by_int4(x, kernel, scale, offset) in place of multiply_int4 where given."""
     if norm_I is not None:
         x = x_TI.astype(jnp.float32)
         x *= jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + norm_eps)
@@ -135,7 +135,7 @@ def reference(
     if kernel_offset is None:
         y_TO = _product(x_TI, kernel_OI, scale, _written_dtype(x_TI, kernel, out_dtype))
     else:
-        y_TO = (multiply_int4 or _multiply_int4)(x_TI, kernel_OI, scale, flat(kernel_offset))
+        y_TO = (by_int4 or multiply_int4)(x_TI, kernel_OI, scale, flat(kernel_offset))
     if bias_O is not None:
         y_TO = y_TO.astype(jnp.float32) + bias_O.astype(jnp.float32)
     halves = jnp.split(y_TO, 2, axis=1) if kernel.ndim == 3 else [y_TO]
@@ -162,14 +162,20 @@ def _product(x_TI, kernel_OI, scale_O, out_dtype):
     if scale_O is None:
         dtype = jnp.promote_types(x_TI.dtype, kernel_OI.dtype)
         return _dot(x_TI.astype(dtype), kernel_OI.astype(dtype), out_dtype)
+    x_TI, step_T1 = rounded_tokens(x_TI)
+    y_TO = _dot(x_TI, kernel_OI, jnp.int32).astype(jnp.float32)
+    return (y_TO * (scale_O.astype(jnp.float32) * step_T1)).astype(out_dtype)
+
+
+def rounded_tokens(x_TI):
+    """What int8 kernels multiply: tokens rotated, as int8[T, I], and what a step of each is worth, float32[T, 1]."""
     x_TI = rotate(x_TI)
     top_T1 = jnp.max(jnp.abs(x_TI), axis=-1, keepdims=True)
     top_T1 = jnp.where(top_T1 > 0, top_T1, 1)
-    y_TO = _dot(jnp.round(x_TI * (127 / top_T1)).astype(jnp.int8), kernel_OI, jnp.int32).astype(jnp.float32)
-    return (y_TO * (scale_O.astype(jnp.float32) * (top_T1 / 127))).astype(out_dtype)
+    return jnp.round(x_TI * (127 / top_T1)).astype(jnp.int8), top_T1 / 127
 
 
-def _multiply_int4(x_TI, kernel_OI, scale_OJ, offset_OJ):
+def multiply_int4(x_TI, kernel_OI, scale_OJ, offset_OJ):
     """By the kernel as floats, a few outputs after another: the floats of all would be written and read again."""
 
     def some(kernel_OI, scale_OJ, offset_OJ):
@@ -207,7 +213,7 @@ def _tpu(x_TI, kernel, num_tokens, **options):
 
     out_dtype = _written_dtype(x_TI, kernel, options["out_dtype"])
     multiply = functools.partial(int4_matmul.multiply, out_dtype=out_dtype)
-    return reference(x_TI, kernel, num_tokens, multiply_int4=multiply, **options)
+    return reference(x_TI, kernel, num_tokens, by_int4=multiply, **options)
 
 
 def _fastest(x_TI, kernel, kernel_scale, in_panels) -> str:

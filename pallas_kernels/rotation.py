@@ -48,13 +48,21 @@ def rotate(x_TI: jax.Array) -> jax.Array:
 def rotate_rows(rows: np.ndarray) -> np.ndarray:
     """The same of weights on the host, float32[..., in]; of a row it does not matter which others are there.
 
-    A processor's products in float32 may add in another order at the end of a matrix. In float64 signs times weights
-    are summed without an error that float32 would show.
+    By sums and differences of halves, log2(size) times, a column a block: a sixth of the time of products with the
+    matrix (Zen 4). In float64 they are made without an error that float32 would show.
     """
     size = block_size(rows.shape[-1])
-    blocks, signs = rows.reshape(-1, size), hadamard(size).astype(np.float64)
+    blocks = rows.reshape(-1, size)
     found = np.empty_like(blocks)
     for start in range(0, len(blocks), AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        np.multiply(blocks[some].astype(np.float64) @ signs, size**-0.5, out=found[some], casting="same_kind")
+        columns = np.array(blocks[some].T, np.float64, order="C")
+        turned = np.empty_like(columns)
+        for apart in (2**i for i in range(size.bit_length() - 1)):
+            halves = columns.reshape(-1, 2, apart, columns.shape[1])
+            sums = turned.reshape(halves.shape)
+            np.add(halves[:, 0], halves[:, 1], out=sums[:, 0])
+            np.subtract(halves[:, 0], halves[:, 1], out=sums[:, 1])
+            columns, turned = turned, columns
+        np.multiply(columns.T, size**-0.5, out=found[some], casting="same_kind")
     return found.reshape(rows.shape)

@@ -167,7 +167,10 @@ def _misfits(config, size, quantization):
         dimensions[f"{mixture.ffn_size} feed-forward units of an expert"] = mixture.ffn_size % size == 0
     if quantization is not None:
         kind, size_of = ("groups", group_size) if quantization == "int4" else ("rotated blocks", block_size)
-        for name, num_in in (("attended", config.num_heads * config.head_dim), ("feed-forward", config.ffn_size)):
+        inputs = {"attended": config.num_heads * config.head_dim}
+        if mixture is None or not mixture.whole:
+            inputs["feed-forward"] = config.ffn_size if mixture is None else mixture.ffn_size
+        for name, num_in in inputs.items():
             part = size_of(num_in)
             dimensions[f"{num_in // part} {kind} of {part} {name} inputs"] = num_in // part % size == 0
     return [name for name, fits in dimensions.items() if not fits]

@@ -62,8 +62,6 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
     stacked, method = is_stacked(config, platform), config.quantization
     if config.enable_expert_parallel:
         checkpoint = dataclasses.replace(checkpoint, config=mesh.with_whole_experts(checkpoint.config))
-    if method is not None and mesh.mixture_of(checkpoint.config) is not None:
-        raise ConfigError(f"quantization {method} does not round the weights of experts yet; leave it out")
     sizes = config.tensor_parallel_size, config.data_parallel_size
     devices = mesh.replica_devices(checkpoint.config, machine, *sizes, method)[replica]
     layout = Layout.of(checkpoint, stacked, method, devices)
@@ -93,7 +91,7 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
         dtype=dtype,
     )
     plan = _with_attention(plan, machine, layout.config.num_heads, specs)
-    plan = _with_experts(plan, machine, layout.config)
+    plan = _with_experts(plan, machine, layout.config, bool(graph.in_panels))
     caches = cache_shapes(specs, plan)
     programs = programs_for(graph, shapes, plan, caches, layout)
     # The model's own config: what a mesh makes of it follows, and a start looks for what is kept of the same model.
@@ -129,7 +127,7 @@ def _with_attention(plan: EnginePlan, machine: Machine, num_heads: int, specs) -
     return dataclasses.replace(plan, reasons=(*plan.reasons, ("attention", plan.platform, attends)))
 
 
-def _with_experts(plan: EnginePlan, machine: Machine, config: Any) -> EnginePlan:
+def _with_experts(plan: EnginePlan, machine: Machine, config: Any, in_panels: bool) -> EnginePlan:
     """The plan, with where a model's experts are among its reasons, and what multiplies by them.
 
     Raises:
@@ -139,9 +137,11 @@ def _with_experts(plan: EnginePlan, machine: Machine, config: Any) -> EnginePlan
         return plan
     devices, kind = plan.tensor_parallel_size, machine.devices[0].device_kind
     ffn_size = mixture.ffn_size // (1 if mixture.whole else devices)
-    unit, kernel = grouped_matmul.check(plan.platform, kind, config.hidden_size, ffn_size, plan.dtype)
+    unit, kernel = grouped_matmul.check(
+        plan.platform, kind, config.hidden_size, ffn_size, plan.dtype, plan.quantization, in_panels
+    )
     if unit is not None and devices > 1:
-        sizes = [n for n in mesh.fitting_sizes(config) if mixture.ffn_size // n % unit == 0]
+        sizes = [n for n in mesh.fitting_sizes(config, plan.quantization) if mixture.ffn_size // n % unit == 0]
         smaller = f", or tensor_parallel_size {max(sizes)}" if sizes else ""
         raise ConfigError(
             f"tensor_parallel_size {devices} gives each device {ffn_size} of an expert's {mixture.ffn_size} "

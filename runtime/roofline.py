@@ -13,7 +13,8 @@ from runtime.mesh import mixture_of
 from runtime.preparation import Prepared, element_bytes
 
 TABLE, HEAD = "embed.table", "lm_head.kernel"  # the table is the head too in models that have no other
-OF_EXPERTS = (".gate_up.kernel", ".down.kernel")  # what each expert has of its own, in a model that has experts
+# What each expert has of its own, in a model that has experts; and its scales and offsets.
+OF_EXPERTS = tuple(f".{layer}.kernel{of}" for layer in ("gate_up", "down") for of in ("", "_scale", "_offset"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models import parallel
-from models.layers.linear import Linear
+from models.layers.linear import Linear, int4_form, int8_form
 from models.layers.mlp import FUSED, MLP, SEPARATE
 from models.layers.stack import InStack, Uncut
 from pallas_kernels import panels
@@ -60,6 +60,17 @@ class PerExpert(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.num_out_axes, self.in_panels = len(out), False
         self.kernel = Uncut(init(rngs.params(), (num_experts, *out, num_in), jnp.float32), axes=axes)
+        self.kernel_scale, self.kernel_offset = nnx.data(None), nnx.data(None)
+
+    def quantise(self, method: str):
+        """Turns a layer of shapes into its int8 or int4 form, in place.
+
+        Scales of int8 are few, and are cut out of their stack: only one layer's have to be laid out for a kernel.
+        """
+        if method == "int4":
+            self.kernel_scale, self.kernel_offset = int4_form(self.kernel)
+        else:
+            self.kernel_scale = int8_form(self.kernel)
 
     def put_in_panels(self, dtype) -> bool:
         """Makes a layer of shapes expect its kernels, of this dtype, in panels where that is faster; whether it is."""
@@ -67,16 +78,33 @@ class PerExpert(nnx.Module):
         self.in_panels = panels.suits(math.prod(shape[1:-1]), num_in, dtype)
         return self.in_panels
 
-    def __call__(self, x_RI, group_sizes_E, *, out_dtype):
-        """`[R, outputs]`, all axes of them in one; rows past the last group are zeros."""
+    def __call__(self, x_TI, group_sizes_E, *, token_R=None, out_dtype):
+        """`[R, outputs]`, all axes of them in one; rows past the last group are zeros.
+
+        Args:
+            token_R: which token each row is; None where x has rows.
+        """
         kernel, first = self.kernel.get_value(), None
         if isinstance(kernel, InStack):
-            kernel, first = kernel.stack, kernel.index * len(group_sizes_E)
-        *out, num_in = kernel.shape[-1 - self.num_out_axes :]
-        kernel_GOI = kernel.reshape(-1, math.prod(out), num_in)
+            first = kernel.index * len(group_sizes_E)
         return grouped_matmul(
-            x_RI, kernel_GOI, group_sizes_E, first=first, out_dtype=out_dtype, in_panels=self.in_panels
+            x_TI,
+            _whole(self.kernel, self.num_out_axes + 1),
+            group_sizes_E,
+            token_R=token_R,
+            kernel_scale=_whole(self.kernel_scale, self.num_out_axes + (self.kernel_offset is not None)),
+            kernel_offset=_whole(self.kernel_offset, self.num_out_axes + 1),
+            first=first,
+            out_dtype=out_dtype,
+            in_panels=self.in_panels,
         )
+
+
+def _whole(of, num_axes):
+    """A parameter's value, with one axis before its last num_axes: of experts, of all layers' where it is InStack."""
+    value = of.get_value() if isinstance(of, nnx.Param) else of
+    value = value.stack if isinstance(value, InStack) else value
+    return None if value is None else value.reshape(-1, *value.shape[value.ndim - num_axes :])
 
 
 class Experts(nnx.Module):
@@ -92,7 +120,7 @@ class Experts(nnx.Module):
         self.activation = ACTIVATIONS[FUSED[activation]] if activation in FUSED else SEPARATE[activation]
         self.split_axis = "experts" if mixture.whole else "ffn"
         experts, ffn = ("experts", None) if mixture.whole else (None, "ffn")
-        self.router = Linear((E,), D, axes=(None, "hidden"), rngs=rngs)
+        self.router = Linear((E,), D, axes=(None, "hidden"), is_rounded=False, rngs=rngs)
         self.gate_up = PerExpert(E, (2, F), D, axes=(experts, None, ffn, "hidden"), rngs=rngs)
         self.down = PerExpert(E, (D,), F, axes=(experts, "hidden", ffn), rngs=rngs)
 
@@ -109,7 +137,7 @@ class Experts(nnx.Module):
         sizes_E = (experts_R[:, None] == jnp.arange(num_own)).sum(0, dtype=jnp.int32)
         # Where gate and up are written to memory, they are rounded as Hugging Face's are: see pallas_kernels.linear.
         written = jnp.float32 if current_platform() == "cpu" else x_TD.dtype
-        both_RO = self.gate_up(normed_TD[order_R // K], sizes_E, out_dtype=written)
+        both_RO = self.gate_up(normed_TD, sizes_E, token_R=order_R // K, out_dtype=written)
         gate_RF, up_RF = (half_RF.astype(jnp.float32) for half_RF in jnp.split(both_RO, 2, axis=1))
         out_RF = self.activation(gate_RF) * up_RF
         y_RD = self.down(out_RF.astype(x_TD.dtype), sizes_E, out_dtype=x_TD.dtype)

@@ -25,10 +25,21 @@ class Linear(nnx.Module):
         num_in: inputs, I.
         axes: logical names of the output's axes, then of the input's.
         bias: whether there is one, shaped as `out`.
+        is_rounded: whether `quantise` rounds it; for the few weights by which much is decided, not.
     """
 
-    def __init__(self, out: tuple[int, ...], num_in: int, *, axes: tuple, bias: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        out: tuple[int, ...],
+        num_in: int,
+        *,
+        axes: tuple,
+        bias: bool = False,
+        is_rounded: bool = True,
+        rngs: nnx.Rngs,
+    ):
         self.inside = axes[-1]  # the logical axis that the products are summed over
+        self.is_rounded = is_rounded
         init = nnx.initializers.normal(0.02)
         self.kernel = nnx.Param(init(rngs.params(), (*out, num_in), jnp.float32), axes=axes)
         self.bias = nnx.Param(jnp.zeros(out, jnp.float32), axes=axes[:-1]) if bias else None
@@ -37,6 +48,8 @@ class Linear(nnx.Module):
 
     def quantise(self, method: str):
         """Turns a layer of shapes into its int8 or int4 form, in place; scores of a vocabulary stay int8."""
+        if not self.is_rounded:
+            return
         if method == "int4" and self.kernel.axes[0] != "vocab":
             self.kernel_scale, self.kernel_offset = int4_form(self.kernel)
         else:
@@ -105,11 +118,14 @@ def int8_form(kernel: nnx.Param) -> nnx.Param:
 
 
 def int4_form(kernel: nnx.Param) -> tuple[nnx.Param, nnx.Param]:
-    """Makes a parameter of shapes int4, and gives its scales and offsets: bfloat16, one a group along the last axis."""
+    """Makes a parameter of shapes int4, and gives its scales and offsets: bfloat16, one a group along the last axis.
+
+    They are of the parameter's own type.
+    """
     *out, num_in = kernel.get_value().shape
     kernel.set_value(jax.ShapeDtypeStruct((*out, num_in), jnp.int4))
     of_groups = jax.ShapeDtypeStruct((*out, num_in // group_size(num_in)), jnp.bfloat16)
-    return nnx.Param(of_groups, axes=kernel.axes), nnx.Param(of_groups, axes=kernel.axes)
+    return type(kernel)(of_groups, axes=kernel.axes), type(kernel)(of_groups, axes=kernel.axes)
 
 
 def group_size(num_in: int) -> int:

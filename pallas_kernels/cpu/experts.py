@@ -1,22 +1,26 @@
 """The CPU kernel behind `pallas_kernels.grouped_matmul`: the product of `matmul`, once for each expert that has rows.
 
 Dimension key
-    T  rows, sorted by expert     I  inputs     O  outputs     E  experts     G  kernels
+    R  rows, sorted by expert     I  inputs     O  outputs     E  experts     G  kernels
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.cpu import arrays, ffi, matmul
+from pallas_kernels.cpu import arrays, ffi, grouped, matmul
 from pallas_kernels.cpu import vectors as v
+from pallas_kernels.cpu.ffi import S4, S8
 
-TARGET = "jax_serving_cpu_experts_1"
+TARGET = "jax_serving_cpu_experts_2"
 
 
 @v.inner
 def _start(frame):
-    """Arguments: x, kernels, group sizes, the first expert's number; results: y, scratch as `matmul` has it."""
+    """Arguments: x, kernels, group sizes, the first expert's number, scales, offsets; results: y, scratch as `matmul`.
+
+    Scales of int8 begin with expert 0's, those of int4 with kernel 0's.
+    """
     x, kernels, y = ffi.argument(frame, 0), ffi.argument(frame, 1), ffi.result(frame, 0)
     sizes, first = ffi.data(ffi.argument(frame, 2)), v.load_i32(ffi.data(ffi.argument(frame, 3)))
     inputs, outputs = ffi.dim(x, 1), ffi.dim(y, 1)
@@ -26,15 +30,24 @@ def _start(frame):
     v.store_i64(job + matmul.X_DTYPE, ffi.dtype(x))
     v.store_i64(job + matmul.KERNEL_DTYPE, ffi.dtype(kernels))
     v.store_i64(job + matmul.Y_DTYPE, ffi.dtype(y))
+    scales, offsets, dtype = ffi.argument(frame, 4), ffi.argument(frame, 5), ffi.dtype(kernels)
+    kernel_bytes = outputs * inputs // 2 if dtype == S4 else outputs * inputs * arrays.itemsize(dtype)
+    of_kernel = outputs * (inputs // grouped.GROUP) * 2
+    v.store_i64(job + matmul.SCALE_DTYPE, ffi.dtype(scales))
+    v.store_i64(job + matmul.OFFSET_DTYPE, ffi.dtype(offsets))
     row, limit = 0, ffi.dim(x, 0)
     for expert in range(ffi.dim(ffi.argument(frame, 2), 0)):
         count = min(v.load_i32(sizes + 4 * expert), limit - row)
         if count <= 0:
             continue
-        kernel = (first + expert) * outputs * inputs * arrays.itemsize(ffi.dtype(kernels))
         v.store_i64(job + matmul.X, ffi.data(x) + row * inputs * arrays.itemsize(ffi.dtype(x)))
-        v.store_i64(job + matmul.KERNEL, ffi.data(kernels) + kernel)
+        v.store_i64(job + matmul.KERNEL, ffi.data(kernels) + (first + expert) * kernel_bytes)
         v.store_i64(job + matmul.Y, ffi.data(y) + row * outputs * arrays.itemsize(ffi.dtype(y)))
+        if dtype == S8:
+            v.store_i64(job + matmul.SCALE, ffi.data(scales) + 4 * expert * outputs)
+        elif dtype == S4:
+            v.store_i64(job + matmul.SCALE, ffi.data(scales) + (first + expert) * of_kernel)
+            v.store_i64(job + matmul.OFFSET, ffi.data(offsets) + (first + expert) * of_kernel)
         matmul.run(job, count, max_threads)
         row += count
 
@@ -45,21 +58,34 @@ def handle(frame):
     return 0
 
 
-def multiply(x_TI, kernel_GOI, group_sizes_E, first, *, out_dtype, num_threads, in_panels):
-    """See `pallas_kernels.grouped_matmul`; num_threads is the most that may work on it. Padding rows hold anything."""
-    (T, I), O = x_TI.shape, kernel_GOI.shape[1]
-    (block_rows, block_outs), words = matmul.blocks(T, I, O, False, kernel_GOI.dtype, in_panels)
-    y_TO, _ = jax.ffi.ffi_call(
+def multiply(
+    x_RI, kernel_GOI, group_sizes_E, first, *, scale_EO=None, scale_GOJ=None, offset_GOJ=None, out_dtype, num_threads,
+    in_panels,
+):  # fmt: skip
+    """See `pallas_kernels.grouped_matmul`; num_threads is the most that may work on it. Padding rows hold anything.
+
+    Raises:
+        ValueError: int4 kernels are not in panels, or in other groups than the kernel's.
+    """
+    (R, I), O = x_RI.shape, kernel_GOI.shape[1]
+    if scale_GOJ is not None and not (in_panels and matmul.supports_groups(x_RI, scale_GOJ)):
+        raise ValueError(matmul.NO_GROUPS)
+    (block_rows, block_outs), words = matmul.blocks(R, I, O, False, kernel_GOI.dtype, in_panels)
+    absent = jnp.zeros(0, jnp.float32)
+    scale = absent if scale_EO is None else scale_EO.astype(jnp.float32)
+    y_RO, _ = jax.ffi.ffi_call(
         TARGET,
         [
-            jax.ShapeDtypeStruct((T, O), out_dtype),
+            jax.ShapeDtypeStruct((R, O), out_dtype),
             jax.ShapeDtypeStruct((matmul.HEAD_WORDS + num_threads * words,), jnp.float32),
         ],
     )(
-        x_TI,
+        x_RI,
         kernel_GOI,
         group_sizes_E.astype(jnp.int32),
         jnp.int32(first),
+        scale if scale_GOJ is None else scale_GOJ,
+        absent if offset_GOJ is None else offset_GOJ,
         ints=np.array([num_threads, block_rows, block_outs, in_panels], np.int32),
     )
-    return y_TO
+    return y_RO

@@ -47,6 +47,7 @@ THREAD_WORDS = 16  # words at the head of a thread's scratch: the block of token
 # What a thread found of a token: a register of sums, the largest output and its number.
 LARGEST, NUMBER, FOUND_BYTES = v.WIDTH, v.WIDTH + 8, 2 * v.WIDTH
 
+NO_GROUPS = f"an int4 kernel is multiplied in panels, in groups of {grouped.GROUP} with bfloat16 scales"
 FLOATS, INTS = 0, 1  # attributes, in alphabetical order
 chunk_address = v.external(CHUNK)
 _compiled = v.inner
@@ -467,7 +468,7 @@ def linear(
     O, gated = kernel.shape[-2], kernel.ndim - 2
     absent = jnp.zeros((0,), jnp.float32)
     if kernel.dtype == jnp.int4 and not (in_panels and supports_groups(x_TI, kernel_scale)):
-        raise ValueError(f"an int4 kernel is multiplied in panels, in groups of {grouped.GROUP} with bfloat16 scales")
+        raise ValueError(NO_GROUPS)
     (block_rows, block_outs), words = blocks(T, I, O, gated, kernel.dtype, in_panels)
     y_TO, _ = jax.ffi.ffi_call(
         TARGET,

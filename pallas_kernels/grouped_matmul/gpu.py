@@ -5,7 +5,8 @@ it writes is its own. Rows and weights come by TMA into a ring of buffers, a pro
 rows out before, and picks each row's answer afterwards.
 
 A `wgmma` takes 64 rows of its first operand and as few as 8 columns of its second. Where experts have few rows each, as
-in decode steps, the weights are the first: tiles have 16 rows, and answers come out turned.
+in decode steps, the weights are the first: tiles have 16 rows, and answers come out turned. Products of int8 are exact
+sums of int32, which XLA brings into their unit as it picks the rows.
 
 Compared with ragged_dot_mgpu of jax.experimental.pallas.ops.gpu, which finds each tile's expert by a chain of
 selections as long as there are experts.
@@ -23,33 +24,42 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_matmul.xla import in_steps
+
 ROWS, FEW_ROWS = 64, 16  # of a tile
-INPUTS = 64  # of a buffer: a swizzled line of bfloat16
+LINE = 128  # bytes of inputs in a buffer: a swizzled line
 OUTPUTS = (128, 64)  # of a tile: the first that divides a kernel's
 STAGES = 6  # buffers of the ring: of 128 outputs 144 KiB, beside 16 of answers
 NO_EXPERT = -1
 
 
-def refusal(x_TI, kernel_GOI) -> str | None:
+def inputs_of(dtype) -> int:
+    """Inputs in a buffer."""
+    return LINE // jnp.dtype(dtype).itemsize
+
+
+def refusal(rows_dtype, kernel_GOI) -> str | None:
     """Why the kernel cannot run this on a Hopper GPU; None when it can."""
-    O, I = kernel_GOI.shape[1:]
-    if x_TI.dtype != kernel_GOI.dtype or x_TI.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"rows of {x_TI.dtype} and kernels of {kernel_GOI.dtype}; it takes both in bfloat16 or float16"
-    if I % INPUTS or O % OUTPUTS[-1]:
-        return f"{I} inputs and {O} outputs are not whole blocks of {INPUTS}"
+    (O, I), dtype = kernel_GOI.shape[1:], kernel_GOI.dtype
+    if rows_dtype != dtype or dtype not in (jnp.bfloat16, jnp.float16, jnp.int8):
+        return f"rows of {rows_dtype} and kernels of {dtype}; it takes both in bfloat16, float16 or int8"
+    if I % inputs_of(dtype) or O % OUTPUTS[-1]:
+        return f"{I} inputs and {O} outputs are not whole blocks of {inputs_of(dtype)} and {OUTPUTS[-1]}"
     return None
 
 
-def multiply(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, *, interpret=False):
+def multiply(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_EO=None, step_R1=None, interpret=False):
     """See `pallas_kernels.grouped_matmul`; first is the number of expert 0's kernel. Padding rows hold anything."""
     (T, I), O = x_TI.shape, kernel_GOI.shape[1]
     turned = T <= FEW_ROWS * len(group_sizes_E)
     tiles = _Tiles.of(group_sizes_E, T, FEW_ROWS if turned else ROWS)
     outputs = next(size for size in OUTPUTS if O % size == 0)
     kernel_N = jnp.where(tiles.expert_N == NO_EXPERT, NO_EXPERT, tiles.expert_N + first).astype(jnp.int32)
-    run = _kernel(*tiles.row_NR.shape, I, O, outputs, turned, x_TI.dtype, out_dtype, interpret)
+    sums_dtype = out_dtype if scale_EO is None else jnp.int32
+    run = _kernel(*tiles.row_NR.shape, I, O, outputs, turned, x_TI.dtype, sums_dtype, interpret)
     y = run(kernel_N, x_TI[tiles.row_NR.reshape(-1)], kernel_GOI)
-    return y[:, tiles.place_T].T if turned else y[tiles.place_T]
+    y_TO = y[:, tiles.place_T].T if turned else y[tiles.place_T]
+    return in_steps(y_TO, tiles.expert_T, scale_EO, step_R1).astype(out_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +70,13 @@ class _Tiles:
         expert_N: each tile's, or NO_EXPERT.
         row_NR: the row that stands in each of a tile's places; past an expert's last any.
         place_T: where each row stands among all tiles' places.
+        expert_T: whose each row is; of padding any.
     """
 
     expert_N: jax.Array
     row_NR: jax.Array
     place_T: jax.Array
+    expert_T: jax.Array
 
     @classmethod
     def of(cls, sizes_E, T, rows) -> "_Tiles":
@@ -81,23 +93,25 @@ class _Tiles:
         start_N = first_row_E[known_N] + (tile_N - first_tile_E[known_N]) * rows
         row_NR = jnp.clip(start_N[:, None] + jnp.arange(rows), 0, T - 1)
         place_T = first_tile_E[expert_T] * rows + row_T - first_row_E[expert_T]
-        return cls(jnp.where(expert_N < E, expert_N, NO_EXPERT), row_NR, jnp.minimum(place_T, num_tiles * rows - 1))
+        place_T = jnp.minimum(place_T, num_tiles * rows - 1)
+        return cls(jnp.where(expert_N < E, expert_N, NO_EXPERT), row_NR, place_T, expert_T)
 
 
 # Layers share one trace of this, and so one lowering of the kernel.
 @functools.cache
 def _kernel(num_tiles, rows, I, O, outputs, turned, dtype, out_dtype, interpret):
-    tiled, width = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)), 128 // jnp.dtype(out_dtype).itemsize
-    out_tiled = () if turned else (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128))
-    stages, shape = min(STAGES, I // INPUTS), (num_tiles * rows, O)
+    inputs, width = inputs_of(dtype), LINE // jnp.dtype(out_dtype).itemsize
+    tiled = plgpu.TilingTransform((8, inputs)), plgpu.SwizzleTransform(LINE)
+    out_tiled = () if turned else (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(LINE))
+    stages, shape = min(STAGES, I // inputs), (num_tiles * rows, O)
     return plgpu.kernel(
-        functools.partial(_multiply_tile, steps=I // INPUTS, stages=stages, turned=turned),
+        functools.partial(_multiply_tile, steps=I // inputs, stages=stages, turned=turned),
         out_type=jax.ShapeDtypeStruct(shape[::-1] if turned else shape, out_dtype),
         grid=(O // outputs, num_tiles),
         grid_names=("column", "tile"),
         scratch_types=dict(
-            x_smem=plgpu.SMEM((stages, rows, INPUTS), dtype, transforms=tiled),
-            kernel_smem=plgpu.SMEM((stages, outputs, INPUTS), dtype, transforms=tiled),
+            x_smem=plgpu.SMEM((stages, rows, inputs), dtype, transforms=tiled),
+            kernel_smem=plgpu.SMEM((stages, outputs, inputs), dtype, transforms=tiled),
             out_smem=plgpu.SMEM((outputs, rows) if turned else (rows, outputs), out_dtype, transforms=out_tiled),
             barriers=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ),
@@ -111,7 +125,7 @@ def _multiply_tile(kernels_N, x, kernel, out, *, x_smem, kernel_smem, out_smem, 
     rows, outs = block(tile, x_smem.shape[1]), block(column, kernel_smem.shape[1])
 
     def fetch(step, slot):
-        inputs = block(step, INPUTS)
+        inputs = block(step, x_smem.shape[2])
         plgpu.copy_gmem_to_smem(x.at[rows, inputs], x_smem.at[slot], barriers.at[slot])
         plgpu.copy_gmem_to_smem(kernel.at[number, outs, inputs], kernel_smem.at[slot], barriers.at[slot])
 
@@ -135,7 +149,8 @@ def _multiply_tile(kernels_N, x, kernel, out, *, x_smem, kernel_smem, out_smem, 
             lax.fori_loop(0, steps, one, None)
             return sums_ref[...]
 
-        sums = pl.run_scoped(multiply, plgpu.ACC(out_smem.shape, jnp.float32))
+        is_int = jnp.issubdtype(x_smem.dtype, jnp.integer)
+        sums = pl.run_scoped(multiply, plgpu.ACC(out_smem.shape, jnp.int32 if is_int else jnp.float32))
         out_smem[...] = sums.astype(out_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out.at[outs, rows] if turned else out.at[rows, outs])

@@ -18,6 +18,8 @@ FAMILIES = {
     "qwen2": dict(use_sliding_window=False),
     "qwen3": {},
     "gemma3": dict(sliding_window_pattern=6, query_pre_attn_scalar=16),
+    "mixtral": {},
+    "qwen3_moe": {},
 }
 
 
@@ -27,11 +29,11 @@ def loaded(path):
     return checkpoint, load_weights(checkpoint, shapes)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gguf_equals_the_folder(family, tmp_path):
+@pytest.mark.parametrize("family, is_old", [*((family, False) for family in FAMILIES), ("mixtral", True)])
+def test_gguf_equals_the_folder(family, is_old, tmp_path):
     changes = FAMILIES[family]
     folder, weights = loaded(tiny.make_checkpoint(family, tmp_path / "folder", **changes))
-    file, from_gguf = loaded(tiny_gguf.make_gguf(family, tmp_path / "tiny.gguf", **changes))
+    file, from_gguf = loaded(tiny_gguf.make_gguf(family, tmp_path / "tiny.gguf", is_old=is_old, **changes))
     assert set(weights) == set(from_gguf)
     for path, array in weights.items():
         np.testing.assert_allclose(from_gguf[path], array, atol=1e-6, err_msg=path)
@@ -40,9 +42,11 @@ def test_gguf_equals_the_folder(family, tmp_path):
     assert file.config.norm_eps == pytest.approx(folder.config.norm_eps)
 
 
-def test_quantised_weights_are_near(tmp_path):
-    _, weights = loaded(tiny.make_checkpoint("qwen3", tmp_path / "folder", hidden_size=64, intermediate_size=64))
-    path = tiny_gguf.make_gguf("qwen3", tmp_path / "q.gguf", kind="Q8_0", hidden_size=64, intermediate_size=64)
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "qwen3_moe"])
+def test_quantised_weights_are_near(family, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    _, weights = loaded(tiny.make_checkpoint(family, tmp_path / "folder", **sizes))
+    path = tiny_gguf.make_gguf(family, tmp_path / "q.gguf", kind="Q8_0", **sizes)
     checkpoint, near = loaded(path)
     assert checkpoint.dtype == "float32"
     for name, array in weights.items():
@@ -88,9 +92,20 @@ def test_rope_scaling_of_the_metadata(metadata, rope, tmp_path):
     assert (got.kind, got.factor, got.original_length) == rope
 
 
+def as_qwen2(more):
+    """A llama's keys under another architecture's name, and more."""
+    keys = tiny_gguf.architecture_keys(tiny.FAMILIES["llama"], gguf.MODEL_ARCH.QWEN2)
+    return keys | {f"qwen2.{key}": value for key, value in more.items()}
+
+
 REFUSED = {
     "architecture": ({"general.architecture": "mamba"}, "'mamba' is not known; known: llama, "),
-    "experts": ({"llama.expert_count": 8}, "has experts"),
+    "experts": ({"general.architecture": "qwen2"} | as_qwen2({"expert_count": 8}), "has experts; of mixtures Mixtral"),
+    "no experts": ({"llama.expert_count": 8}, "expert_used_count is missing"),
+    "a router by sigmoid": (
+        {"llama.expert_count": 8, "llama.expert_used_count": 2, "llama.expert_gating_func": 2},
+        "expert_gating_func is 2; only routers by softmax",
+    ),
     "no width": ({"llama.embedding_length": None}, "embedding_length is missing"),
     "heads a layer": ({"llama.attention.head_count": [4, 4]}, "attention.head_count is"),
     "partial rotation": ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8"),

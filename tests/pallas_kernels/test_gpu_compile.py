@@ -46,15 +46,23 @@ EXPERTS = {
     "64 tokens, down": (512, 48 * 128, 128, 2048, 768, "bfloat16"),
     "2,048 tokens, down": (4096, 8, 8, 4096, 14336, "bfloat16"),
     "float32 answers": (4096, 8, 8, 4096, 14336, "float32"),
+    "int8, 64 tokens, gate and up": (512, 48 * 128, 128, 1536, 2048, "bfloat16", "int8"),
+    "int8, 2,048 tokens, down": (4096, 8, 8, 4096, 14336, "bfloat16", "int8"),
 }
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_compile_and_are_not_copied(name, tmp_path):
-    T, G, E, O, I, out_dtype = EXPERTS[name]
+    T, G, E, O, I, out_dtype, *rounded = EXPERTS[name]
     array = jax.ShapeDtypeStruct
-    shapes = [array((T, I), jnp.bfloat16), array((G, O, I), jnp.bfloat16), array((E,), jnp.int32)]
-    multiply = functools.partial(grouped_matmul, first=jnp.int32(0), out_dtype=jnp.dtype(out_dtype))
+    dtype = jnp.dtype(*rounded or ["bfloat16"])
+    shapes = [array((T, I), jnp.bfloat16), array((G, O, I), dtype), array((E,), jnp.int32)]
+    shapes += [array((E, O), jnp.float32)] if rounded else []
+
+    def multiply(x_TI, kernel, sizes_E, scale=None):
+        options = {"first": jnp.int32(0), "out_dtype": jnp.dtype(out_dtype)}
+        return grouped_matmul(x_TI, kernel, sizes_E, kernel_scale=scale, **options)
+
     executable, _ = absent_gpu.compile_for_h100(multiply, shapes, dump=tmp_path)
     assert executable.as_text().count('custom_call_target="mosaic_gpu_v2"') == 1
     # Rows in whole tiles, and their answers; of no expert more than that.

@@ -152,6 +152,25 @@ def test_experts_are_multiplied_where_they_lie(chip, num_tokens, E, top, I, O):
     assert executable.memory_analysis().temp_size_in_bytes < 4 * num_tokens * top * (2 * O + I) + 2**20
 
 
+@pytest.mark.parametrize("chip, num_tokens", [("v5e", 64), ("v6e", 2048)])
+def test_int8_experts_are_multiplied_where_they_lie(chip, num_tokens):
+    """Gate and up of Qwen3-30B-A3B, among those of two layers."""
+    array = jax.ShapeDtypeStruct
+    E, I, F, rows = 128, 2048, 768, 8 * num_tokens
+
+    def gate_up(x_TI, kernel, token_R, sizes_E, scale):
+        options = {"token_R": token_R, "first": jnp.int32(E), "out_dtype": jnp.bfloat16}
+        return grouped_matmul(x_TI, kernel, sizes_E, kernel_scale=scale, **options)
+
+    shapes = [array((num_tokens, I), jnp.bfloat16), array((2 * E, 2, F, I), jnp.int8)]
+    shapes += [array((rows,), jnp.int32), array((E,), jnp.int32), array((E, 2, F), jnp.float32)]
+    executable, _ = absent_tpu.compile_for(chip, gate_up, shapes)
+    assert "grouped_int8" in executable.as_text()
+    assert whole_step.large_copies(executable.as_text(), F * I) == []
+    # Rows as they are multiplied, what a step of each is worth in whole lanes, and answers before padding is cleared.
+    assert executable.memory_analysis().temp_size_in_bytes < rows * (I + 512 + 4 * F) + 2**24
+
+
 def latents(num_tokens, N=16, pages=256):
     """A step of DeepSeek-V2-Lite, or with 128 heads of DeepSeek-V3."""
     array = jax.ShapeDtypeStruct

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from converters.checkpoint import open_checkpoint
-from runtime import machine
+from runtime import machine, mesh
 from runtime.config import EngineConfig, Memory
 from runtime.errors import ConfigError
 from runtime.machine import Machine
@@ -61,10 +61,36 @@ def test_whole_experts_are_part_of_what_programs_are_kept_under(tmp_path):
     assert {name for name in split if split[name] != whole[name]} == {"model"}
 
 
-@pytest.mark.parametrize("method", ["int8", "int4"])
-def test_experts_are_not_rounded(tmp_path, method):
-    with pytest.raises(ConfigError, match=f"quantization {method} does not round the weights of experts yet; leave it"):
-        planned(tmp_path, "mixtral", quantization=method)
+@pytest.mark.parametrize(
+    "platform, kind, method, kernel",
+    [
+        ("tpu", "TPU v6 lite", "int8", "tpu"),
+        ("tpu", "TPU v6 lite", "int4", "tpu"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "int8", "mosaic"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "int4", "ragged_dot"),
+    ],
+)
+def test_the_plan_counts_rounded_experts(tmp_path, platform, kind, method, kernel):
+    exact = on_devices(tmp_path / "exact", platform, kind, 1)
+    rounded = on_devices(tmp_path / "rounded", platform, kind, 1, quantization=method)
+    (why,) = (why for name, _, why in rounded.plan.reasons if name == "experts")
+    assert why == f"3 a token; multiplied by {kernel}"
+    weights = [name for name in exact.shapes if ".mlp." in name and "router" not in name]
+    size = lambda prepared, name: prepared.layout.num_bytes({name: prepared.shapes[name]})
+    for name in weights:
+        assert size(rounded, name) == size(exact, name) // (2 if method == "int8" else 4)
+    scales = [name for name in rounded.shapes if ".mlp." in name and name.endswith(("_scale", "_offset"))]
+    assert len(scales) == len(weights) * (1 if method == "int8" else 2)
+    assert not any("router.kernel_" in name for name in rounded.shapes)
+
+
+def test_parts_of_experts_are_whole_rotated_blocks(tmp_path):
+    says = "tensor_parallel_size 2 does not divide 1 rotated blocks of 64 feed-forward inputs; 1 does"
+    changes = {"moe_intermediate_size": 64, "num_attention_heads": 8}
+    checkpoint = open_checkpoint(tiny.make_checkpoint("qwen3_moe", tmp_path, **changes))
+    with pytest.raises(ConfigError, match=says):
+        mesh.fit(checkpoint.config, 2, "int8")
+    assert mesh.fit(mesh.with_whole_experts(checkpoint.config), 2, "int8")
 
 
 def test_a_model_without_experts_has_none_to_spread(tmp_path):

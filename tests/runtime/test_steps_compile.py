@@ -55,6 +55,26 @@ def test_steps_of_every_family(target, family):
 
 
 @pytest.mark.parametrize(
+    "target, family, quantization",
+    [
+        on("v5e-1", "mixtral", "int8"),
+        on("v6e-1", "qwen3_moe", "int8"),
+        on("h100-1", "qwen3_moe", "int8"),
+        on("v5e-1", "qwen3_moe", "int4"),
+        on("v6e-1", "mixtral", "int4"),
+    ],
+)
+def test_steps_of_rounded_experts(target, family, quantization):
+    """As of those that are not rounded: none is written anywhere else, nor widened, before it is multiplied."""
+    hf = whole_step.family(family, hidden_size=1024, moe_intermediate_size=512, vocab_size=512)
+    for step in whole_step.compile_steps(hf, target, quantization=quantization, **SMALL):
+        of_attention = 1 if target != "h100-1" or step.bucket.is_decode else 2
+        others = 2 if quantization == "int4" else 0  # qkv and o
+        assert_lean(step, (of_attention + 2 + others) * (hf["num_hidden_layers"] if target == "h100-1" else 1))
+        assert step.temp_bytes < 8 * MIB
+
+
+@pytest.mark.parametrize(
     "target, bucket, wishes",
     [
         on("v6e-1", "decode 32x32", {}),

@@ -1,7 +1,7 @@
 """Batches that the kernels are measured on: their arrays, the bytes that must move, the FLOPs, and the floor of a chip.
 
-The floor is the larger of bytes / bandwidth and FLOPs / peak: no program is faster. Peaks are bfloat16's, of one device
-as JAX counts them: half of a TPU7x chip.
+The floor is the larger of bytes / bandwidth and FLOPs / peak: no program is faster. Peaks are those of the products'
+operands, of one device as JAX counts them: half of a TPU7x chip.
 
 Dimension key as in each kernel's own file.
 """
@@ -18,6 +18,7 @@ import numpy as np
 
 from pallas_kernels import latent_attention, ragged_paged_attention
 from pallas_kernels.grouped_matmul import MEGABLOX_ROWS, grouped_matmul
+from pallas_kernels.grouped_matmul.tpu import rows_of_tile
 from pallas_kernels.latent_attention import tpu_plan
 from pallas_kernels.linear import linear
 from pallas_kernels.ragged_paged_attention import scales
@@ -42,6 +43,11 @@ class Case:
 
     written: ClassVar[tuple[int, ...]] = ()
 
+    @property
+    def multiplied(self) -> str:
+        """The dtype of its products' operands."""
+        return "bfloat16"
+
     def bytes(self, platform: str) -> float:
         """That must move between memory and chip, each input and output once, as the platform pads them."""
         raise NotImplementedError
@@ -63,7 +69,7 @@ class Case:
         return jax.eval_shape(lambda: self.arrays(platform))
 
     def floor(self, chip: Chip) -> float:
-        return max(self.bytes(chip.platform) / chip.bandwidth, self.flops / chip.peak("bfloat16"))
+        return max(self.bytes(chip.platform) / chip.bandwidth, self.flops / chip.peak(self.multiplied))
 
     def grid_steps(self, grid: tuple) -> int:
         """Steps that a TPU kernel of this grid takes."""
@@ -193,24 +199,30 @@ class Int4Matmul(Case):
 
 @dataclasses.dataclass(frozen=True)
 class GroupedMatmul(Case):
-    """One product of a layer's experts, as many tokens for each."""
+    """One product of a layer's experts, as many tokens for each; weights of bfloat16 or rounded."""
 
     tokens: int
     E: int
     top: int
     I: int
     O: int
+    dtype: str = "bfloat16"
 
     @property
     def T(self) -> int:
         return self.tokens * self.top
 
     @property
+    def multiplied(self) -> str:
+        return "int8" if self.dtype == "int8" else "bfloat16"
+
+    @property
     def sizes(self) -> np.ndarray:
         return np.diff(np.arange(self.E + 1) * self.T // self.E)
 
     def bytes(self, platform):
-        return 2 * (self.sizes > 0).sum() * self.O * self.I + 2 * self.T * self.I + 4 * self.T * self.O
+        _, *weights, _ = self.shapes(platform)
+        return num_bytes(*weights) * (self.sizes > 0).mean() + 2 * self.T * self.I + 4 * self.T * self.O
 
     @property
     def flops(self):
@@ -218,17 +230,29 @@ class GroupedMatmul(Case):
 
     @property
     def function(self):
-        return grouped_matmul
+        def multiply(x_TI, kernel, *scale_and_sizes):
+            *scale, sizes = scale_and_sizes
+            options = dict(zip(("kernel_scale", "kernel_offset"), scale, strict=False))
+            return grouped_matmul(x_TI, kernel, sizes, **options)
+
+        return multiply
 
     def arrays(self, platform):
-        return [random(0, (self.T, self.I)), random(1, (self.E, self.O, self.I)), whole(self.sizes)]
+        span, size = {"bfloat16": 1, "int8": 127, "int4": 8}[self.dtype], (self.E, self.O, self.I)
+        groups = (*size[:2], self.I // 32)
+        scales = {"int8": [random(2, size[:2], jnp.float32)], "int4": [random(2, groups), random(3, groups)]}
+        return [
+            random(0, (self.T, self.I)),
+            random(1, size, self.dtype, -span, span),
+            *scales.get(self.dtype, []),
+            whole(self.sizes),
+        ]
 
     def grid_steps(self, grid):
         """The grid's side that is known at run time: tiles of rows, one more for each expert that shares one."""
+        rows = MEGABLOX_ROWS if self.dtype == "bfloat16" else rows_of_tile(self.T, self.E, self.dtype)
         ends = np.cumsum(self.sizes)
-        tiles = sum(
-            -(-e // MEGABLOX_ROWS) - (e - n) // MEGABLOX_ROWS for e, n in zip(ends, self.sizes, strict=True) if n
-        )
+        tiles = sum(-(-e // rows) - (e - n) // rows for e, n in zip(ends, self.sizes, strict=True) if n)
         return math.prod(side if isinstance(side, int) else int(tiles) for side in grid)
 
 
@@ -375,6 +399,16 @@ OTHERS = {
     "experts of Mixtral-8x7B, 512": GroupedMatmul(512, 8, 2, 4096, 14336),
     "experts of DeepSeek-V2-Lite, 64": GroupedMatmul(64, 64, 6, 2048, 1408),
     "experts of DeepSeek-V2-Lite, 512": GroupedMatmul(512, 64, 6, 2048, 1408),
+    "int8 experts of Mixtral-8x7B, 64": GroupedMatmul(64, 8, 2, 4096, 14336, "int8"),
+    "int8 experts of Mixtral-8x7B, 512": GroupedMatmul(512, 8, 2, 4096, 14336, "int8"),
+    "experts of Qwen3-30B-A3B, 64": GroupedMatmul(64, 128, 8, 2048, 1536),
+    "experts of Qwen3-30B-A3B, 2048": GroupedMatmul(2048, 128, 8, 2048, 1536),
+    "int8 experts of Qwen3-30B-A3B, 64": GroupedMatmul(64, 128, 8, 2048, 1536, "int8"),
+    "int8 experts of Qwen3-30B-A3B, 2048": GroupedMatmul(2048, 128, 8, 2048, 1536, "int8"),
+    "int4 experts of Mixtral-8x7B, 64": GroupedMatmul(64, 8, 2, 4096, 14336, "int4"),
+    "int4 experts of Mixtral-8x7B, 512": GroupedMatmul(512, 8, 2, 4096, 14336, "int4"),
+    "int4 experts of Qwen3-30B-A3B, 64": GroupedMatmul(64, 128, 8, 2048, 1536, "int4"),
+    "int4 experts of Qwen3-30B-A3B, 2048": GroupedMatmul(2048, 128, 8, 2048, 1536, "int4"),
     "latent decode, 64 x 2k": LatentAttention(64, 2048, 1),
     "latent chunk, 1 x 512 of 2k": LatentAttention(1, 2048, 512),
     "scan of Mamba-2.8B, 64 decodes": SelectiveScan(64, 1),

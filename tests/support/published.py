@@ -119,6 +119,7 @@ TPU = [
     Build("Llama-3-8B", "v5e-1", {"quantization": "int8"}),
     Build("Llama-3-8B", "v5e-1", {"quantization": "int4"}),
     Build("Qwen3-30B-A3B", "v6e-4", {"enable_expert_parallel": True}),
+    Build("Qwen3-30B-A3B", "v5e-4", {"quantization": "int8", "enable_expert_parallel": True}),
     Build("Mixtral-8x7B", "v5e-8"),
     Build("Llama-3-8B", "v6e-1", {"quantization": "int4"}, written_slices=1),  # int4[4096, 14336], in other tiles
 ]

@@ -1,6 +1,7 @@
 """Tiny GGUF files, written with the gguf package: its writer, its names, its quantisation."""
 
 import json
+import re
 
 import gguf
 import numpy as np
@@ -11,14 +12,17 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
     "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
     "Gemma3ForCausalLM": gguf.MODEL_ARCH.GEMMA3,
+    "MixtralForCausalLM": gguf.MODEL_ARCH.LLAMA,
+    "Qwen3MoeForCausalLM": gguf.MODEL_ARCH.QWEN3MOE,
 }
 
 
-def make_gguf(family, path, *, kind="F32", seed=0, metadata=None, extra=None, **changes):
+def make_gguf(family, path, *, kind="F32", seed=0, metadata=None, extra=None, is_old=False, **changes):
     """Writes a family's tiny model as llama.cpp's own converter would, and returns the path.
 
     Args:
-        kind: a name in gguf.GGMLQuantizationType for the matrices; vectors stay F32.
+        kind: a name in gguf.GGMLQuantizationType for the matrices; vectors stay F32, and so do routers.
+        is_old: experts have a tensor each, as its converter wrote them until April 2024.
         metadata: keys to set beside the usual, or to leave out where the value is None.
         extra: {GGUF name: array} of tensors beside the usual, as F32.
         changes: fields of config.json.
@@ -31,11 +35,15 @@ def make_gguf(family, path, *, kind="F32", seed=0, metadata=None, extra=None, **
         if value is not None:
             add(writer, key, value)
     kinds = gguf.GGMLQuantizationType
-    for name, array in tiny.random_tensors(hf, seed).items():
-        array = as_llama_cpp(name, array, hf, arch)
-        quantised = kinds[kind] if array.ndim > 1 else kinds.F32
-        data = gguf.quants.quantize(array, quantised)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=quantised)
+    tensors = {name: as_llama_cpp(name, array, hf, arch) for name, array in tiny.random_tensors(hf, seed).items()}
+    if is_old:
+        tensors, experts = one_by_one(tensors)
+    else:
+        tensors, experts = merged(tensors), {}
+    named = {names.get_name(name, (".weight", ".bias")): array for name, array in tensors.items()} | experts
+    for name, array in named.items():
+        quantised = kinds[kind] if array.ndim > 1 and "ffn_gate_inp" not in name else kinds.F32
+        writer.add_tensor(name, gguf.quants.quantize(array, quantised), raw_dtype=quantised)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -60,6 +68,11 @@ def architecture_keys(hf, arch):
         "rope.freq_base": float(hf["rope_theta"]),
         "rope.dimension_count": hf["head_dim"],
     }
+    if "num_experts_per_tok" in hf:
+        keys["expert_count"] = hf.get("num_experts") or hf["num_local_experts"]
+        keys["expert_used_count"] = hf["num_experts_per_tok"]
+    if "moe_intermediate_size" in hf:
+        keys["expert_feed_forward_length"] = hf["moe_intermediate_size"]
     if arch == gguf.MODEL_ARCH.GEMMA3:
         keys["attention.sliding_window"] = hf["sliding_window"]
     return {f"{prefix}.{key}": value for key, value in keys.items()}
@@ -80,6 +93,32 @@ def tokenizer_keys():
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": tiny.CHAT_TEMPLATE,
     }
+
+
+EXPERT = re.compile(r"(model\.layers\.(\d+)\..+\.experts)\.(\d+)\.(\w+)\.weight")
+
+
+def merged(tensors):
+    """With the experts of a layer in one tensor each for gate, up and down."""
+    found, stacks = {}, {}
+    for name, array in tensors.items():
+        if match := EXPERT.fullmatch(name):
+            stacks.setdefault(f"{match[1]}.{match[4]}.weight".replace("block_sparse_moe.", ""), []).append(array)
+        else:
+            found[name] = array
+    as_known = lambda name: re.sub(r"model\.(layers\.\d+)\.experts\.(w\d)", r"\1.feed_forward.experts.\2", name)
+    return found | {as_known(name): np.stack(arrays) for name, arrays in stacks.items()}
+
+
+def one_by_one(tensors):
+    """(the tensors without experts, {GGUF name: array} of these)."""
+    words = {"w1": "gate", "w2": "down", "w3": "up"} | {f"{word}_proj": word for word in ("gate", "up", "down")}
+    experts = {
+        f"blk.{match[2]}.ffn_{words[match[4]]}.{match[3]}.weight": array
+        for name, array in tensors.items()
+        if (match := EXPERT.fullmatch(name))
+    }
+    return {name: array for name, array in tensors.items() if not EXPERT.fullmatch(name)}, experts
 
 
 def as_llama_cpp(name, array, hf, arch):
