@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -64,12 +65,22 @@ class Host:
         self.process.wait()
 
 
+def free_pair() -> int:
+    """A port that is free, as is the next one: of those that no system gives out by itself."""
+    for _ in range(100):
+        port = secrets.choice(range(20000, 30000))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
+    raise AssertionError("no two free ports side by side")
+
+
 class Server:
     """The hosts of one model, ready; `url` is where rank 0 answers."""
 
     def __init__(self, folder, checkpoint, *flags, count=2, devices=1, caches=None):
-        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
-            http, master = one.getsockname()[1], two.getsockname()[1]
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            http, master = one.getsockname()[1], free_pair()
         several = ["--nnodes", f"{count}", "--master-addr", "127.0.0.1", "--master-port", f"{master}"]
         common, caches = [*(several if count > 1 else []), *flags], caches or [folder / "cache"] * count
         rank = lambda i: ["--node-rank", f"{i}", *(["--headless"] if i else [])] if count > 1 else []

@@ -77,6 +77,7 @@ def test_64_mixed_clients_get_the_answers_they_would_get_alone(server):
         async with client_of(server) as client:
             return await alone(client), await crowd(client)
 
+    compiled = gauges(server)["runtime:recompiles_total"]  # by other tests of this process
     expected, got = asyncio.run(both())
     assert sum(text is None for text in got) == len(range(3, NUM_CLIENTS, 10))
     assert [text for text in got if text is not None] == [
@@ -90,7 +91,7 @@ def test_64_mixed_clients_get_the_answers_they_would_get_alone(server):
     seen = gauges(server)
     assert seen["vllm:num_requests_running"] == seen["vllm:num_requests_waiting"] == 0
     assert seen["vllm:kv_cache_usage_perc"] == 0
-    assert seen["runtime:recompiles_total"] == 0
+    assert seen["runtime:recompiles_total"] == compiled
 
 
 def test_a_json_schema_is_obeyed_beside_other_requests(server):
