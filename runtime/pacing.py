@@ -11,7 +11,7 @@ import bisect
 import collections
 import statistics
 
-GAP_S = 0.06  # between two tokens, for a prompt: a reader hardly sees it, and much less costs throughput
+GAP_S = 0.055  # between two tokens, for a prompt: a reader hardly sees it, and much less costs throughput
 STRETCH = 1.5  # where decoding alone takes longer than that: how much longer a step may take for a prompt's sake
 SAMPLES = 5  # steps of a size whose median counts
 MIN_TOKENS = 48  # of such a step, decodes and all: fewer would read the weights again for a handful of tokens
