@@ -175,13 +175,18 @@ def rounded_tokens(x_TI):
     return jnp.round(x_TI * (127 / top_T1)).astype(jnp.int8), top_T1 / 127
 
 
+def int4_floats(kernel, scale, offset):
+    """What int4 weights `[..., I]` stand for, float32, by scales and offsets `[..., J]`."""
+    groups = kernel.reshape(*scale.shape, -1).astype(jnp.float32)
+    scale, offset = (of[..., None].astype(jnp.float32) for of in (scale, offset))
+    return (groups * scale + offset).reshape(kernel.shape)
+
+
 def multiply_int4(x_TI, kernel_OI, scale_OJ, offset_OJ):
     """By the kernel as floats, a few outputs after another: the floats of all would be written and read again."""
 
     def some(kernel_OI, scale_OJ, offset_OJ):
-        scale_OJ1, offset_OJ1 = (of[:, :, None].astype(jnp.float32) for of in (scale_OJ, offset_OJ))
-        kernel_OJG = kernel_OI.reshape(*scale_OJ.shape, -1).astype(jnp.float32) * scale_OJ1 + offset_OJ1
-        return _dot(x_TI, kernel_OJG.reshape(kernel_OI.shape).astype(x_TI.dtype), jnp.float32)
+        return _dot(x_TI, int4_floats(kernel_OI, scale_OJ, offset_OJ).astype(x_TI.dtype), jnp.float32)
 
     O, I = kernel_OI.shape
     parts = next((n for n in range(max(1, O * I // WIDENED), O) if O % n == 0), 1)

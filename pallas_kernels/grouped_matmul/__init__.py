@@ -212,17 +212,16 @@ def check(
 
 def _fastest(x_TI, kernel_GOI, kernel_scale, in_panels) -> str:
     platform, dtype = current_platform(), kernel_GOI.dtype
+    rows_dtype = jnp.int8 if dtype == jnp.int8 else x_TI.dtype
     if platform == "tpu" and tpu_refusal(x_TI.shape[1], kernel_GOI.shape[1]) is None:
         if dtype not in (jnp.int8, jnp.int4):
             return "megablox"
         from pallas_kernels.grouped_matmul import tpu
 
-        rows_dtype = jnp.int8 if dtype == jnp.int8 else x_TI.dtype
         return "ragged_dot" if tpu.refusal(rows_dtype, kernel_GOI, kernel_scale) else "tpu"
     if platform == "gpu" and is_hopper(current_device_kind()):
         from pallas_kernels.grouped_matmul import gpu
 
-        rows_dtype = jnp.int8 if dtype == jnp.int8 else x_TI.dtype
         return "ragged_dot" if gpu.refusal(rows_dtype, kernel_GOI) else "mosaic"
     if platform == "cpu" and cpu.is_available():
         from pallas_kernels.cpu import matmul

@@ -7,14 +7,14 @@ Dimension key
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.linear import multiply_int4
+from pallas_kernels.linear import int4_floats, multiply_int4
 
 
 def reference(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_GOJ=None, offset_GOJ=None, **of_int8):
     """Every expert on every row, then each row picks its own."""
     kernel_EOI, group_R = _cut(kernel_GOI, first, group_sizes_E), _experts(group_sizes_E, len(x_RI))
     if scale_GOJ is not None:
-        kernel_EOI = _floats(kernel_EOI, *(_cut(of, first, group_sizes_E) for of in (scale_GOJ, offset_GOJ)))
+        kernel_EOI = int4_floats(kernel_EOI, *(_cut(of, first, group_sizes_E) for of in (scale_GOJ, offset_GOJ)))
     sums = jnp.int32 if of_int8 else jnp.float32
     all_ERO = jnp.einsum("RI,EOI->ERO", x_RI, kernel_EOI, preferred_element_type=sums, precision="highest")
     y_RO = jnp.take_along_axis(all_ERO, group_R[None, :, None], axis=0)[0]
@@ -46,13 +46,6 @@ def _one_by_one(x_RI, weights, group_sizes_E, group_R, first):
 
     nothing = jnp.zeros((len(x_RI), weights[0].shape[1]), jnp.float32)
     return lax.fori_loop(0, len(group_sizes_E), one, nothing)
-
-
-def _floats(kernel_EOI, scale_EOJ, offset_EOJ):
-    """What int4 weights stand for."""
-    groups = kernel_EOI.reshape(*scale_EOJ.shape, -1).astype(jnp.float32)
-    scale, offset = (of[..., None].astype(jnp.float32) for of in (scale_EOJ, offset_EOJ))
-    return (groups * scale + offset).reshape(kernel_EOI.shape)
 
 
 def in_steps(sums_RO, expert_R, scale_EO=None, step_R1=None):
