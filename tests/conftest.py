@@ -6,6 +6,7 @@ its code in a process of its own with JAX_NUM_CPU_DEVICES set: eight fake device
 dispatch three times slower.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,9 +23,10 @@ os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
 # Files that take longest: they come first where several processes share the tests, so that none is left with one at
 # the end while the others are idle.
 LONGEST = """
-    test_several_hosts test_cpu_kinds test_mesh test_tpu_attention test_tpu_planted_errors test_gpu_attention
-    test_gpu_planted_errors test_tpu_compile test_starts_at_once test_choose test_examples test_quantised_engines
-    test_formats test_speculation test_windows test_kept_weights test_replicas test_random_requests test_steps
+    test_mesh test_cpu_kinds test_several_hosts test_tpu_attention test_tpu_planted_errors test_gpu_attention
+    test_gpu_planted_errors test_tpu_compile test_speculation test_engine test_windows test_quantised_engines
+    test_choose test_examples test_random_requests test_quantise test_replicas test_formats test_packaging
+    test_kept_weights test_starts_at_once test_steps
 """.split()
 
 
@@ -32,3 +34,7 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         rank = {name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what thousands of tests are made of is not gone through again at each collection of garbage
