@@ -27,49 +27,69 @@ EIGHT_HEADS = {
 }  # and two kv heads: on four and eight devices each is kept twice
 
 
-def run(family, changes, meshes, **options):
-    """What each mesh, (replicas, devices of each), answered.
+class Devices:
+    """Eight devices of a process of its own: a CPU is one device unless it is told before."""
 
-    In a process of its own: a CPU is one device unless it is told before.
-    """
-    script = ROOT / "tests" / "support" / "mesh_answers.py"
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "http", ROOT / "tests" / "support")))
-    done = subprocess.run(
-        [sys.executable, str(script), family, *map(json.dumps, (changes, meshes, options))],
-        env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    def __init__(self, log):
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "http", ROOT / "tests" / "support")))
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "support" / "mesh_answers.py")],
+                env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True,
+            )  # fmt: skip
+
+    def run(self, family, changes, meshes, **options):
+        """What each mesh, (replicas, devices of each) or that and "turned", answered."""
+        print(json.dumps([family, changes, meshes, options]), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        assert line, self.log.read_text()[-3000:]
+        found = json.loads(line)
+        assert isinstance(found, list), found["error"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory):
+    devices = Devices(tmp_path_factory.mktemp("devices") / "log")
+    yield devices
+    devices.process.stdin.close()
+    assert devices.process.wait(60) == 0, devices.log.read_text()[-3000:]
+    devices.process.stdout.close()
 
 
 ONE_ROW = {"max_num_seqs": 1}  # where it is the weights that matter: fewer steps to compile
 SOME = [
-    ("llama", EIGHT_HEADS, [(1, 8), (2, 4), (1, 2)], {}),
     ("llama_biased", {"vocab_size": 322}, [(1, 4)], {}),  # a vocabulary that four do not divide
     ("qwen2", EIGHT_HEADS, [(1, 4)], ONE_ROW | {"stacked": True}),
-    ("qwen3", EIGHT_HEADS, [(1, 4)], ONE_ROW),
     ("gemma3", EIGHT_HEADS, [(1, 4)], ONE_ROW),
     ("mixtral", EIGHT_HEADS, [(1, 4)], ONE_ROW),
     ("qwen3_moe", EIGHT_HEADS, [(1, 8), (1, 2)], ONE_ROW | {"enable_expert_parallel": True, "stacked": True}),
 ]
-KEPT = "mistral"  # what is kept for a mesh is that family's
+OF_THEIR_OWN = {"llama", "qwen3", "mistral"}  # of these there are tests below
 ALL = [(row.name, EIGHT_HEADS, [(1, 8), (2, 4), (1, 2), (2, 1)], {}) for row in FAMILIES.values()]
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "meshes", "options"), [*SOME, *(pytest.param(*each, marks=pytest.mark.slow) for each in ALL)]
 )
-def test_several_devices_give_the_tokens_of_one(family, changes, meshes, options):
-    alone, *others = run(family, changes, [(1, 1), *meshes], **options)
-    for (replicas, size), found in zip(meshes, others, strict=True):
-        assert found["answers"] == alone["answers"], f"{replicas} replicas of {size} devices"
-        assert found["compiled_later"] == 0
-        assert sorted(sum(found["devices"], [])) == list(range(replicas * size))
-        check_collectives(found["collectives"], found["weights"], size)
+def test_several_devices_give_the_tokens_of_one(devices, family, changes, meshes, options):
+    alone, *others = devices.run(family, changes, [(1, 1), *meshes], **options)
+    for mesh_shape, found in zip(meshes, others, strict=True):
+        check(found, alone, mesh_shape)
+
+
+def check(found, alone, mesh_shape):
+    replicas, size, *_ = mesh_shape
+    assert found["answers"] == alone["answers"], f"{replicas} replicas of {size} devices"
+    assert found["compiled_later"] == 0
+    assert sorted(sum(found["devices"], [])) == list(range(replicas * size))
+    check_collectives(found["collectives"], found["weights"], size)
 
 
 def test_no_family_is_on_a_mesh_in_slow_tests_only():
-    assert {row.name for row in FAMILIES.values()} <= {KEPT, *(family for family, *_ in SOME)}
+    assert {row.name for row in FAMILIES.values()} <= {*OF_THEIR_OWN, *(family for family, *_ in SOME)}
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -78,10 +98,11 @@ def test_a_family_is_tried_as_itself(architecture):
     assert tiny.FAMILIES[FAMILIES[architecture].name]["architectures"] == [architecture]
 
 
-def test_several_devices_give_the_tokens_of_one_with_rounded_weights_and_pages():
+def test_several_devices_give_the_tokens_of_one_with_rounded_weights_and_pages(devices):
     """Log probabilities may part: what lies between two steps is rounded up here and down there."""
     changes = {"num_attention_heads": 8, "head_dim": 32, "intermediate_size": 64}
-    alone, split = run("qwen3", changes, [(1, 1), (1, 2)], quantization="int4", kv_cache_dtype="int8", **ONE_ROW)
+    rounded = {"quantization": "int4", "kv_cache_dtype": "int8"}
+    alone, split = devices.run("qwen3", changes, [(1, 1), (1, 2)], **rounded, **ONE_ROW)
     for request in ("0", "1", "2"):
         assert len(alone["answers"][request]) > 5 and split["answers"][request] == alone["answers"][request]
     for name in ("qkv.kernel", "o.kernel_scale", "down.kernel_offset"):
@@ -101,7 +122,7 @@ WHOLE_BLOCKS = {"num_attention_heads": 8, "intermediate_size": 128, "moe_interme
         ("qwen3_moe", "int4", {"enable_expert_parallel": True}),
     ],
 )
-def test_several_devices_give_the_tokens_of_one_with_rounded_experts(family, method, options):
+def test_several_devices_give_the_tokens_of_one_with_rounded_experts(devices, family, method, options):
     """A part of each expert, or whole ones.
 
     Of int8 a draw may fall out otherwise, as each device rounds its own part of what attention gives, and of a token
@@ -109,7 +130,7 @@ def test_several_devices_give_the_tokens_of_one_with_rounded_experts(family, met
     alike may go to another one.
     """
     options = options | ONE_ROW | {"quantization": method}
-    alone, split = run(family, WHOLE_BLOCKS, [(1, 1), (1, 2)], **options)
+    alone, split = devices.run(family, WHOLE_BLOCKS, [(1, 1), (1, 2)], **options)
     if method == "int8":
         pairs = zip(alone["answers"]["prompt"], split["answers"]["prompt"], strict=True)
         assert 0 < statistics.median(abs(one - other) for one, other in pairs) < 0.05
@@ -142,27 +163,40 @@ def check_collectives(collectives, weights, size):
             assert math.prod(part) * size == math.prod(whole), name
 
 
-def test_weights_and_steps_of_a_mesh_are_kept_and_found_again():
+def test_weights_and_steps_of_a_mesh_are_kept_and_found_again(devices):
     meshes = [(2, 1), (2, 1), (1, 2), (1, 2)]
-    first, *others = run(KEPT, {}, [(1, 1), *meshes])
-    for other, (_, size) in zip(others, meshes, strict=True):
-        assert other["answers"] == first["answers"] and other["compiled_later"] == 0
-        check_collectives(other["collectives"], other["weights"], size)
+    first, *others = devices.run("mistral", {}, [(1, 1), *meshes], **ONE_ROW)
+    for other, mesh_shape in zip(others, meshes, strict=True):
+        check(other, first, mesh_shape)
     assert [other["restored"] for other in others] == [False, True, False, True]
     assert [bool(other["said"]) for other in (first, *others)] == [False, True, False, True, False]
     for number, tokens in others[0]["notebook"].items():
         assert tokens == first["answers"][number]
 
 
-def test_weights_of_a_mesh_lie_as_its_decode_step_wants_them():
-    """Kv heads that are repeated, and replicas; at the first start and at the second."""
-    meshes = [(1, 4), (1, 4), (2, 2)]
-    alone, *others = run("llama", EIGHT_HEADS, [(1, 1), *meshes], turned=True, **ONE_ROW)
-    assert not any(alone["turned"]) and [other["restored"] for other in others] == [False, True, False]
-    (differs,) = others[0]["said"]
+OTHERS = [(1, 4, "turned"), (1, 4, "turned"), (2, 2, "turned"), (1, 8)]
+
+
+@pytest.fixture(scope="module")
+def llamas(devices):
+    """What one device and then the others answered. Kv heads that are repeated, and not; and replicas."""
+    return devices.run("llama", EIGHT_HEADS, [(1, 1), *OTHERS], **ONE_ROW)
+
+
+def test_several_devices_give_the_tokens_of_one_of_the_most_usual_family(llamas):
+    alone, *others = llamas
+    for mesh_shape, found in zip(OTHERS, others, strict=True):
+        check(found, alone, mesh_shape)
+
+
+def test_weights_of_a_mesh_lie_as_its_decode_step_wants_them(llamas):
+    """At the first start and at the second."""
+    alone, first, second, replicas, usual = llamas
+    assert not any(alone["turned"] + usual["turned"])
+    assert [other["restored"] for other in (first, second, replicas)] == [False, True, False]
+    (differs,) = first["said"]
     assert "kept differ in: " in differs and "tensor_parallel_size 1 (here 4), " in differs and "num_kv" not in differs
-    for other in others:
-        assert all(other["turned"]) and other["answers"] == alone["answers"] and other["compiled_later"] == 0
+    assert all(all(each["turned"]) for each in (first, second, replicas))
 
 
 CONFIG = types.SimpleNamespace(num_heads=32, num_kv_heads=8, ffn_size=14336, head_dim=128)

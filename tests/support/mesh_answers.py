@@ -1,8 +1,8 @@
-"""Run as a program: what a tiny model answers on one device and on several, as JSON. Devices are made of this CPU.
+"""Run as a program: what tiny models answer on one device and on several, as JSON. Devices are made of this CPU.
 
-mesh_answers.py FAMILY CHANGES MESHES OPTIONS     JSON each, but for the family; a mesh is [replicas, devices of each]
-
-With the option "turned" weights of several devices lie as support/turned_layouts.py says.
+A line of standard input is [FAMILY, CHANGES, MESHES, OPTIONS]; a mesh is [replicas, devices of each], and with a third
+part, "turned", its weights lie as support/turned_layouts.py says. A line of output is a list with what each mesh
+answered, or {"error": traceback}.
 """
 
 import dataclasses
@@ -12,12 +12,14 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from quick_compile import QUICK
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"  # before JAX asks for devices
 
+import pytest
 import tiny
 import turned_layouts
 
@@ -84,43 +86,52 @@ def messages() -> list[str]:
     return found
 
 
-def main():
-    said = messages()
-    family, changes, meshes, options = sys.argv[1], *map(json.loads, sys.argv[2:])
-    turned = options.pop("turned", False)
+def meshes_answers(family: str, changes: dict, meshes: list, options: dict, said: list[str]) -> list[dict]:
+    """What each mesh answers, in turn, with one folder to keep weights and steps in."""
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tiny.make_checkpoint(family, Path(folder) / "model", **changes)
-        for replicas, size in meshes:
+        for replicas, size, *how in meshes:
             config = EngineConfig(
                 model=str(checkpoint), cache_dir=f"{folder}/cache", tensor_parallel_size=size,
                 data_parallel_size=replicas, **{**SIZES, **OPTIONS, **options},
             )  # fmt: skip
-            if turned and replicas * size > 1:
-                turned_layouts.ask(setattr)
-            said.clear()
-            engines = Engine.load_replicas(config)
-            weights = {
-                name: [list(array.shape), list(array.sharding.shard_shape(array.shape))]
-                for name, array in engines[0].loaded.weights.items()
-            }
-            devices = [sorted(d.id for d in e.loaded.state.length_X.sharding.device_set) for e in engines]
-            restored = "restore steps" in engines[0].loaded.seconds
-            are_turned = [turned_layouts.are_turned(engine.loaded.weights) for engine in engines]
-            found = {
-                "turned": are_turned,
-                "said": list(said),
-                "answers": answers(engines),
-                "collectives": collectives(engines[0]),
-                "weights": weights,
-            }
-            if (replicas, size) == (2, 1):
-                found["notebook"] = notebook_answers(config)
-            print(
-                json.dumps(
-                    found | {"compiled_later": engines[0].num_recompiles, "devices": devices, "restored": restored}
-                ),
-                flush=True,
-            )
+            with pytest.MonkeyPatch.context() as patch:
+                if how == ["turned"]:
+                    turned_layouts.ask(patch.setattr)
+                said.clear()
+                found.append(mesh_answers(config, said))
+    return found
+
+
+def mesh_answers(config: EngineConfig, said: list[str]) -> dict:
+    engines = Engine.load_replicas(config)
+    loaded = engines[0].loaded
+    found = {
+        "turned": [turned_layouts.are_turned(engine.loaded.weights) for engine in engines],
+        "said": list(said),
+        "answers": answers(engines),
+        "collectives": collectives(engines[0]),
+        "weights": {
+            name: [list(array.shape), list(array.sharding.shard_shape(array.shape))]
+            for name, array in loaded.weights.items()
+        },
+        "devices": [sorted(d.id for d in e.loaded.state.length_X.sharding.device_set) for e in engines],
+        "restored": "restore steps" in loaded.seconds,
+    }
+    if (config.data_parallel_size, config.tensor_parallel_size) == (2, 1):
+        found["notebook"] = notebook_answers(config)
+    return found | {"compiled_later": engines[0].num_recompiles}
+
+
+def main():
+    said = messages()
+    for line in sys.stdin:
+        try:
+            found = meshes_answers(*json.loads(line), said)
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
