@@ -17,7 +17,7 @@ from models.inputs import CacheSpec, StepInputs
 from models.layers.embedding import Embedding
 from models.layers.experts import PerExpert
 from models.layers.linear import Linear
-from models.layers.stack import Stack
+from models.layers.stack import Stack, one_layer
 
 
 class Model(Protocol):
@@ -115,14 +115,14 @@ def logical_axes(
 
 
 def _shapes(model_class, config, stacked, quantization):
-    model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+    with one_layer():
+        model = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
     for _, module in list(nnx.iter_modules(model)) if quantization else ():
         if isinstance(module, Linear | Embedding | PerExpert):
             module.quantise(quantization)
-    if stacked:
-        for _, module in list(nnx.iter_modules(model)):
-            if isinstance(module, Stack):
-                module.fold()
+    for _, module in list(nnx.iter_modules(model)):
+        if isinstance(module, Stack):
+            module.fold() if stacked else module.unfold()
     return model
 
 

@@ -8,8 +8,10 @@ Dimension key
     T  tokens in the step     D  hidden size     L  layers     P  pages of one layer
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from pallas_kernels.platform import current_platform
 # From so many tokens on, each layer's result is written on a GPU. XLA would keep the terms of several layers' sums, 16
 # MiB each with 2,048 tokens of Llama-3-8B, and add them up anew wherever they are read; with few tokens that is faster.
 MANY_TOKENS = 512
+_makes_one = contextvars.ContextVar("makes_one", default=False)
 NO_WINDOW = 2**30  # stands for None where windows travel as an array; no position comes near it
 
 
@@ -55,6 +58,16 @@ class InStack:
     index: Any
 
 
+@contextlib.contextmanager
+def one_layer() -> Iterator[None]:
+    """A Stack that is made inside has one layer, until it is folded or unfolded: tracing a hundred takes seconds."""
+    token = _makes_one.set(True)
+    try:
+        yield
+    finally:
+        _makes_one.reset(token)
+
+
 class Stack(nnx.Module):
     """Layers called as `block(x_TD, cache, step, layer) -> (x_TD, cache)`.
 
@@ -70,7 +83,11 @@ class Stack(nnx.Module):
         self.windows = tuple(windows)
         self.ropes = tuple(ropes or [0] * len(self.windows))
         self.is_folded = False
-        self.blocks: Any = nnx.List([make_block() for _ in self.windows])
+        self.blocks: Any = nnx.List([make_block() for _ in (self.windows[:1] if _makes_one.get() else self.windows)])
+
+    def unfold(self):
+        """Gives a Stack of shapes, made with one layer, all of them, in place."""
+        self.blocks = nnx.List([nnx.clone(self.blocks[0]) for _ in self.windows])
 
     def fold(self):
         """Turns a Stack of shapes into its stacked form, in place."""
