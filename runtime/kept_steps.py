@@ -78,7 +78,8 @@ class KeptSteps:
 
     @property
     def is_complete(self) -> bool:
-        return all((self.folder / name).exists() for name in (FACTS, *self.paths.values()))
+        """Whether every file is there, and may be looked at: another user's folder holds nothing for this one."""
+        return all(os.path.exists(self.folder / name) for name in (FACTS, *self.paths.values()))
 
     def load(self, key: Hashable, devices: Sequence[Any]):
         """The executable, or None, which is said, where there is none that can be trusted."""
@@ -120,8 +121,10 @@ class KeptSteps:
 
     def nearest(self) -> str:
         """What differs between what is wanted and the entry of this model that is most like it; "" where none is."""
-        others = []
-        for path in self.folder.parent.glob(f"*/{FACTS}"):
+        others, paths = [], []
+        with contextlib.suppress(OSError):
+            paths = list(self.folder.parent.glob(f"*/{FACTS}"))
+        for path in paths:
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 found = json.loads(path.read_text())
                 if found.get("model") == self.facts["model"]:

@@ -70,7 +70,8 @@ def restore(
 
 
 def exists(folder: Path) -> bool:
-    return (folder / COMPLETE).exists()
+    """Whether there is an entry, and it may be looked at: another user's folder holds nothing for this one."""
+    return os.path.exists(folder / COMPLETE)
 
 
 def of_this_process(folder: Path, shapes: Mapping[str, Any], wheres: Mapping[str, Any]) -> Path:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from runtime import entries, kept_weights
+from runtime import entries, kept_steps, kept_weights
 from runtime.kept_weights import COMPLETE, keep, restore
 
 HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -277,6 +277,27 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     keep(tmp_path / "file" / "entry", some_weights())
     assert "converted weights are not kept" in caplog.text
+
+
+def test_a_folder_of_another_user_holds_nothing(entry, tmp_path, caplog):
+    steps = kept_steps.KeptSteps(tmp_path / "steps", {"model": "a"}, ["a"])
+    steps.folder.mkdir(parents=True)
+    for name in (kept_steps.FACTS, *steps.paths.values()):
+        (steps.folder / name).write_text("")
+    assert kept_weights.exists(entry) and steps.is_complete
+    weights, user = some_weights(), os.geteuid()
+    tmp_path.chmod(0)
+    try:
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        assert not kept_weights.exists(entry) and not steps.is_complete and not steps.nearest()
+        keep(tmp_path / "other", weights)
+        with steps.making() as draft:
+            assert draft.work is None
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+    assert "converted weights are not kept" in caplog.text and "compiled steps are not kept" in caplog.text
 
 
 @pytest.fixture(autouse=True)
