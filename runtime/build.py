@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime import banner, logs, wishes
+from runtime import banner, chips, logs, wishes
 from runtime.arguments import Flag
 from runtime.errors import ConfigError, DoesNotFit, RuntimeServerError
+from runtime.flags import FLAGS
 
 TARGET = Flag("target", "text", "devices to compile for, as v6e-8 or h100-4 (those that are here).", to="build.target")
+SHOWN = {"tensor-parallel-size", "data-parallel-size", "enable-expert-parallel", "quantization", "kv-cache-dtype"}
+SHOWN |= {"dtype", "max-model-len", "max-num-seqs", "max-num-batched-tokens", "gpu-memory-utilization", "cache-dir"}
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
@@ -25,8 +28,7 @@ def main(words: Sequence[str] | None = None, *, keeps: bool = True) -> int:
     words = list(sys.argv[1:] if words is None else words)
     name = "build" if keeps else "plan"
     if {"-h", "--help"} & set(words):
-        print(f"usage: python -m runtime.{name} [--target TARGET] MODEL_OR_CONFIG [options of runtime.serve]\n")
-        print((__doc__ or "").split("\n\n", 1)[1])
+        print(help_text(name))
         return 0
     try:
         sections, notes = wishes.read(words, os.environ, more=(TARGET,))
@@ -41,6 +43,30 @@ def main(words: Sequence[str] | None = None, *, keeps: bool = True) -> int:
         return 1
 
 
+def help_text(name: str) -> str:
+    """Usage, targets and examples."""
+    alone, slices = chips.targets()
+    return "\n".join(
+        [
+            f"usage: python -m runtime.{name} [--target TARGET] [MODEL_OR_CONFIG] [options of runtime.serve]",
+            "",
+            (__doc__ or "").split("\n\n", 1)[1],
+            "Without MODEL_OR_CONFIG it is the demo model. Without --tensor-parallel-size layers are split over as",
+            "many devices of the target as divide the model.",
+            "",
+            f"Targets of one host: {', '.join(alone)};",
+            f"of several: {', '.join(slices)}.",
+            "",
+            "Examples:",
+            f"  python -m runtime.{name} --target v6e-8 path/to/Llama-3-70B/config.json",
+            f"  python -m runtime.{name} --target h100-1 path/to/Llama-3-8B --quantization int8 --max-model-len 8K",
+            "",
+            "Options that change what is compiled, of those of runtime.serve, whose --help has them all:",
+            *(f"  --{flag.name:30} {flag.help}" for flag in FLAGS if flag.name in SHOWN),
+        ]
+    )
+
+
 def run(sections: dict[str, dict[str, Any]], keeps: bool, progress: banner.Starting) -> None:
     """All that follows the reading of the command line.
 
@@ -51,10 +77,11 @@ def run(sections: dict[str, dict[str, Any]], keeps: bool, progress: banner.Start
     if target:
         # Its devices are not here, and those that are here are left to whoever uses them.
         os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compilers warn of what only their authors can change
     from converters.checkpoint import open_checkpoint
     from pallas_kernels import cpu
     from runtime import executables, machine
-    from runtime.alternatives import what_fits
+    from runtime.alternatives import idle, size_for, what_fits
     from runtime.config import EngineConfig
     from runtime.loading import cache_folder
     from runtime.preparation import prepare
@@ -62,21 +89,21 @@ def run(sections: dict[str, dict[str, Any]], keeps: bool, progress: banner.Start
 
     place = machine.absent(target) if target else machine.here()
     _check_hosts(sections["hosts"].get("nnodes"), place)
-    wishes_of_engine = dict(sections["engine"])
-    if target and "tensor_parallel_size" not in wishes_of_engine:
-        replicas = wishes_of_engine.get("data_parallel_size", 1)
-        wishes_of_engine["tensor_parallel_size"] = max(1, len(place.devices) // max(1, replicas))
-    config = EngineConfig(model=str(_config_of(sections, progress)), **wishes_of_engine)
+    config = EngineConfig(model=str(_config_of(sections, progress)), **sections["engine"])
     cache_dir = cache_folder(config) if keeps else None
     if keeps and cache_dir is None:
         raise ConfigError("--cache-dir is empty, so that nothing would be kept; name a folder, or use runtime.plan")
     if keeps and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         raise ConfigError("JAX_COMPILATION_CACHE_DIR is set, so that serve would not look here; unset it for both")
     checkpoint = open_checkpoint(config.model, overrides=config.hf_overrides, needs_weights=False)
+    if target and "tensor_parallel_size" not in sections["engine"]:
+        config = dataclasses.replace(config, tensor_parallel_size=size_for(config, checkpoint, place))
+        for line in idle(config, checkpoint, place):
+            progress.says(line)
     try:
         prepared, *others = (prepare(config, checkpoint, place, i) for i in range(config.data_parallel_size))
     except DoesNotFit as error:
-        raise ConfigError(f"{error}{what_fits(config, checkpoint, target) if target else ''}") from None
+        raise DoesNotFit(f"{error}{what_fits(config, checkpoint, place)}") from None
     if place.platform == "cpu" and cpu.is_available():
         cpu.register()  # once, before threads trace steps that call its kernels
 
@@ -84,6 +111,7 @@ def run(sections: dict[str, dict[str, Any]], keeps: bool, progress: banner.Start
         steps = cache_dir and cache_dir / "steps"
         return executables.build(one.programs, one.facts, place, one.layout.devices, steps, progress)
 
+    print(Report(prepared).settled(), flush=True)
     built = build(prepared)
     report = Report.of(prepared, built)
     print(report.text())

@@ -1,9 +1,9 @@
 """Accelerators by name: what is publicly known of each, and how many of them a host or a slice of hosts has.
 
 Sources: the system-architecture pages of Google's Cloud TPU documentation and NVIDIA's data sheets (H100 SXM5 80 GB,
-A100 SXM4 80 GB). FLOPs are dense peaks, of one device as JAX counts them: a TPU7x chip is two. Memory is what a program
-may use: on TPUs what the compiler states as available, on GPUs 95% of what the driver reports; rounded down, so that a
-plan does not depend on a driver's version.
+H200 SXM5, HGX B200, A100 SXM4 80 GB). FLOPs are dense peaks, of one device as JAX counts them: a TPU7x chip is two.
+Memory is what a program may use: on TPUs what the compiler states as available, on GPUs 95% of what the driver reports;
+rounded down, so that a plan does not depend on a driver's version.
 """
 
 import dataclasses
@@ -81,6 +81,8 @@ CHIPS = {
             {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
         ),
         Chip("h100", "gpu", "NVIDIA H100 80GB HBM3", GPUS, 80 * 10**9, 3350e9, {"bfloat16": 989e12, "int8": 1979e12}),
+        Chip("h200", "gpu", "NVIDIA H200", GPUS, 141 * 10**9, 4800e9, {"bfloat16": 989e12, "int8": 1979e12}),
+        Chip("b200", "gpu", "NVIDIA B200", GPUS, 180 * 10**9, 8000e9, {"bfloat16": 2250e12, "int8": 4500e12}),
         Chip("a100", "gpu", "NVIDIA A100-SXM4-80GB", GPUS, 80 * 10**9, 2039e9, {"bfloat16": 312e12, "int8": 624e12}),
     )
 }  # fmt: skip
@@ -90,6 +92,13 @@ ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v6": "v6e", "trillium": "v6e", 
 def of_kind(kind: str) -> Chip | None:
     """The chip that JAX calls so."""
     return next((chip for chip in CHIPS.values() if chip.kind == kind), None)
+
+
+def targets() -> tuple[list[str], list[str]]:
+    """All that `named` knows: of one host, and of several."""
+    alone = [f"{chip.name}-{count}" for chip in CHIPS.values() for count in chip.counts]
+    slices = [f"{chip.name}-{count}" for chip in CHIPS.values() for count in chip.slices]
+    return alone, slices
 
 
 def named(target: str) -> tuple[Chip, int]:
@@ -103,13 +112,12 @@ def named(target: str) -> tuple[Chip, int]:
     counts = CHIPS[name].counts | CHIPS[name].slices if name in CHIPS else {}
     if match and int(match[2]) in counts:
         return CHIPS[name], int(match[2])
-    alone = [f"{chip.name}-{count}" for chip in CHIPS.values() for count in chip.counts]
-    slices = [f"{chip.name}-{count}" for chip in CHIPS.values() for count in chip.slices]
+    alone, slices = targets()
     if match and counts:
         close = [f"{name}-{min(counts, key=lambda n: abs(n - int(match[2])))}"]
     else:
         close = difflib.get_close_matches(target.lower(), alone + slices, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(
         f"target {target!r} is not known{hint} Known, of one host: {', '.join(alone)}; of several: {', '.join(slices)}"
     )

@@ -337,7 +337,7 @@ def settle(
         share = f"{config.gpu_memory_utilization:.0%}"
         why = f"{share} of memory less weights and {step_bytes / MIB:,.0f} MiB on each device for a step"
     if on_cpu and kv_bytes + weight_bytes > memory.free:
-        raise ConfigError(
+        raise DoesNotFit(
             f"weights ({weight_bytes / MIB:,.0f} MiB) and pages ({kv_bytes / MIB:,.0f} MiB) do not fit the "
             f"{memory.free / MIB:,.0f} MiB of memory that are free; lower kv_cache_memory_bytes or max_model_len"
         )
@@ -346,7 +346,7 @@ def settle(
         raise DoesNotFit(
             f"{num_pages} pages of {page_size} tokens fit ({kv_bytes / MIB:,.0f} MiB), and one request of "
             f"max_model_len {max_model_len:,} needs {page_columns} ({page_columns * page_bytes / MIB:,.0f} MiB); "
-            f"lower max_model_len to {num_pages * page_size:,} or give the cache more memory"
+            f"{f'lower max_model_len to {num_pages * page_size:,} or ' if num_pages else ''}give the cache more memory"
         )
     reasons.append(
         ("num_pages", f"{num_pages:,}", f"{num_pages * page_size:,} tokens, {kv_bytes / MIB:,.0f} MiB: {why}")

@@ -36,6 +36,14 @@ _SPECIFIC = {
         major=9, cores=132, units_per_core=128, clock=1.98, l2=52428800, bandwidth=3352320000000, memory=84929347584,
         shared_per_core=233472, shared_per_block=232448,
     ),
+    "NVIDIA H200": dict(
+        major=9, cores=132, units_per_core=128, clock=1.98, l2=62914560, bandwidth=4800000000000, memory=150117089280,
+        shared_per_core=233472, shared_per_block=232448,
+    ),
+    "NVIDIA B200": dict(
+        major=10, cores=148, units_per_core=128, clock=1.965, l2=132644864, bandwidth=8000000000000,
+        memory=191500000000, shared_per_core=233472, shared_per_block=232448,
+    ),
     "NVIDIA A100-SXM4-80GB": dict(
         major=8, cores=108, units_per_core=64, clock=1.41, l2=41943040, bandwidth=2039000000000, memory=84929347584,
         shared_per_core=167936, shared_per_block=166912,

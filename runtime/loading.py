@@ -24,10 +24,11 @@ from converters.checkpoint import Checkpoint, open_checkpoint
 from converters.load import check_fits
 from pallas_kernels import cpu
 from runtime import agreement, executables, formats, machine, malloc, weights
+from runtime.alternatives import what_fits
 from runtime.batch import StepBuffer, StepLayout
 from runtime.buckets import Bucket, buckets_for
 from runtime.config import EngineConfig, EnginePlan
-from runtime.errors import ConfigError
+from runtime.errors import ConfigError, DoesNotFit
 from runtime.preparation import Layout, Prepared, mask_words, prepare
 from runtime.sampling import Tables, empty_row
 from runtime.step_state import StepState
@@ -79,6 +80,7 @@ def load(
 
     Raises:
         ConfigError, ConversionError: with the cause and the remedy.
+        DoesNotFit: and with what would.
     """
     progress = progress or (lambda name, done, total: None)
     seconds: dict[str, float] = {}
@@ -91,7 +93,10 @@ def load(
     here = machine.here()
     if others is not None:
         here = dataclasses.replace(here, memory=others.settle_memory(here.memory))
-    replicas = [prepare(config, checkpoint, here, replica) for replica in range(config.data_parallel_size)]
+    try:
+        replicas = [prepare(config, checkpoint, here, replica) for replica in range(config.data_parallel_size)]
+    except DoesNotFit as error:
+        raise DoesNotFit(f"{error}{what_fits(config, checkpoint, here)}") from None
     plan, layout, shapes = replicas[0].plan, replicas[0].layout, replicas[0].shapes
     if others is not None:
         others.compare(agreement.plan_facts(plan))

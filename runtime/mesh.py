@@ -139,7 +139,7 @@ def with_whole_experts(config: Any) -> Any:
 
 def check_divides(config: Any, size: int, quantization: str | None = None) -> None:
     """Raises: ConfigError: so many devices cannot share the model's layers; the message names the sizes that can."""
-    if reasons := _misfits(config, size, quantization):
+    if reasons := misfits(config, size, quantization):
         fitting = fitting_sizes(config, quantization)
         near = min(fitting, key=lambda n: (abs(n - size), n))
         raise ConfigError(
@@ -150,10 +150,11 @@ def check_divides(config: Any, size: int, quantization: str | None = None) -> No
 
 def fitting_sizes(config: Any, quantization: str | None = None) -> list[int]:
     """Every tensor_parallel_size that divides the model."""
-    return [size for size in range(1, config.num_heads + 1) if not _misfits(config, size, quantization)]
+    return [size for size in range(1, config.num_heads + 1) if not misfits(config, size, quantization)]
 
 
-def _misfits(config, size, quantization):
+def misfits(config: Any, size: int, quantization: str | None = None) -> list[str]:
+    """Dimensions of the model that so many devices cannot share, in words."""
     kv_heads, mixture = config.num_kv_heads, mixture_of(config)
     dimensions = {
         f"{config.num_heads} query heads": config.num_heads % size == 0,

@@ -90,6 +90,7 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
         * itemsize(kv_dtype),
         dtype=dtype,
     )
+    plan = _with_vocabulary(plan, layout)
     plan = _with_attention(plan, machine, layout.config.num_heads, specs)
     plan = _with_experts(plan, machine, layout.config, bool(graph.in_panels))
     caches = cache_shapes(specs, plan)
@@ -100,6 +101,14 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
     if platform == "cpu" and cpu.is_available():
         facts["products"] = cpu.products()
     return Prepared(machine, checkpoint, plan, layout, shapes, graph.in_panels, caches, programs, facts)
+
+
+def _with_vocabulary(plan: EnginePlan, layout: "Layout") -> EnginePlan:
+    """The plan, with a word on a vocabulary that each of several devices has to hold and to score whole."""
+    if layout.tensor is None or "vocab" in layout.tensor.split.names:
+        return plan
+    why = f"{layout.tensor.size} does not divide it, so that each device holds and scores all of it"
+    return dataclasses.replace(plan, reasons=(*plan.reasons, ("vocabulary", f"{plan.vocab_size:,}", why)))
 
 
 def _with_attention(plan: EnginePlan, machine: Machine, num_heads: int, specs) -> EnginePlan:

@@ -19,11 +19,11 @@ class Report:
     """An engine and its compiled programs.
 
     Attributes:
-        footprints: {key: Footprint} of every program.
+        footprints: {key: Footprint} of every program; empty until they are compiled.
     """
 
     prepared: Prepared
-    footprints: dict
+    footprints: dict = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, prepared: Prepared, built: Built) -> "Report":
@@ -76,14 +76,24 @@ class Report:
         rows = bucket.num_rows if bucket.is_decode else 1  # a chunk of one prompt
         return floor(self.prepared, chip, num_tokens=bucket.num_tokens, num_rows=rows, context=context)
 
-    def text(self) -> str:
-        """All of it, as lines."""
+    def settled(self) -> str:
+        """What is known before anything is compiled, which may take minutes: the plan and the floors, as lines."""
         prepared = self.prepared
         machine, kind = prepared.machine, prepared.machine.devices[0].device_kind
         size, hosts = len(prepared.layout.devices), machine.num_hosts
         each = f", {size // hosts} on each of {hosts} hosts" if hosts > 1 else ""
         lines = [f"{prepared.checkpoint.path.name} on {machine.name}: {size} x {kind}{each}", ""]
         lines += banner.table(prepared.plan.reasons)
+        floors = [(key, self.estimate(key)) for key in prepared.programs if isinstance(key, Bucket)]
+        if estimates := [(key, found) for key, found in floors if found]:
+            lines += ["", "Roofline estimates, not measured: what one step takes at least", ""]
+            lines += banner.table([_estimate(key, found) for key, found in estimates])
+        return "\n".join(lines)
+
+    def text(self) -> str:
+        """What the programs take, as lines."""
+        prepared, machine = self.prepared, self.prepared.machine
+        size, hosts = len(prepared.layout.devices), machine.num_hosts
         bucket, footprint = self.largest
         rest = machine.memory.total - self.used_bytes
         mib = lambda num: f"{num / MIB:,.0f}"
@@ -96,14 +106,10 @@ class Report:
         ]
         if hosts > 1:
             rows.append(("a host reads", mib(self.weight_bytes * size // hosts), "of weights, for all its devices"))
-        lines += ["", "Memory of each device, MiB", "", *banner.table(rows), ""]
+        lines = ["", "Memory of each device, MiB", "", *banner.table(rows), ""]
         lines += ["Programs: MiB of each device, and what the devices tell each other in one step", ""]
         rows = [self._row(key, found) for key, found in self.footprints.items()]
         lines += banner.table([("", "temporaries  in place", "collectives"), *rows])
-        floors = [(key, self.estimate(key)) for key in self.footprints if isinstance(key, Bucket)]
-        if estimates := [(key, found) for key, found in floors if found]:
-            lines += ["", "Roofline estimates, not measured: what one step takes at least", ""]
-            lines += banner.table([_estimate(key, found) for key, found in estimates])
         return "\n".join(lines)
 
     def _row(self, key, footprint):

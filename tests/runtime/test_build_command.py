@@ -55,7 +55,8 @@ def test_a_plan_keeps_nothing(config_alone, tmp_path, capsys):
         (["--target", "trillium-128"], "did you mean v6e-64?"),
         (["--target", "v5p-7"], "; of several: v5e-16, v5e-32, v5e-64, v5p-16, "),
         (["--nnodes", "4"], "--nnodes 4, and 1 x cpu is 1 host; name the slice with --target, as v6e-16"),
-        (["--target", "h200"], "h100-1"),
+        (["--target", "h300-1"], "did you mean h200-1?"),
+        (["--target", "zebra"], "target 'zebra' is not known. Known, of one host: v5e-1, "),
         (
             ["--cache-dir", ""],
             "--cache-dir is empty, so that nothing would be kept; name a folder, or use runtime.plan",
@@ -103,6 +104,8 @@ def test_the_readmes_commands_are_understood():
     assert all(target in section for target in targets)
 
 
-def test_help_is_no_traceback(capsys):
+def test_help_names_targets_and_the_flags_that_matter(capsys):
     assert build.main(["--help"], keeps=False) == 0
-    assert "python -m runtime.plan [--target TARGET]" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "python -m runtime.plan [--target TARGET]" in said and "h200-8" in said and "tpu7x-128" in said
+    assert all(f"  --{name} " in said for name in build.SHOWN)
