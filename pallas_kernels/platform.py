@@ -21,3 +21,8 @@ def current_device_kind() -> str:
 def is_hopper(device_kind: str) -> bool:
     """Whether a GPU of this kind runs Mosaic GPU kernels made for Hopper."""
     return any(name in device_kind for name in HOPPER)
+
+
+def has_triton(device_kind: str) -> bool:
+    """Whether a GPU of this kind runs Triton kernels on bfloat16: NVIDIA's since Ampere; before, Tesla."""
+    return device_kind.startswith("NVIDIA")

@@ -3,8 +3,8 @@
 `ragged_dot` is XLA's own (`jax.lax.ragged_dot_general`), which on CPUs and GPUs multiplies every row by every expert.
 `megablox` is the Pallas kernel that JAX ships for TPUs, which reads weights stored `[out, in]` as they lie and visits
 only tiles that hold tokens; `tpu` does that with rounded weights, which megablox does not take. `mosaic` (Hopper
-GPUs: gpu.py) and `cpu` also read only experts with rows. Of int4 `ragged_dot` is a loop over experts that have some,
-whose weights become floats one expert after another.
+GPUs: gpu.py), `triton` (GPUs of NVIDIA's since Ampere, and int4 on all) and `cpu` also read only experts with rows. Of
+int4 `ragged_dot` is a loop over experts that have some, whose weights become floats one expert after another.
 
 Source: Gale et al. 2022, arXiv 2211.15841 (block-sparse experts without capacity limits).
 
@@ -22,7 +22,7 @@ from jax import lax
 from pallas_kernels import cpu, panels
 from pallas_kernels.grouped_matmul.xla import ragged_dot, reference
 from pallas_kernels.linear import rounded_tokens
-from pallas_kernels.platform import current_device_kind, current_platform, is_hopper
+from pallas_kernels.platform import current_device_kind, current_platform, has_triton, is_hopper
 
 MEGABLOX_ROWS = 128  # rows of a tile; fewer tokens are padded up to one tile
 MEGABLOX_WIDTH = 1536  # inputs or outputs of a tile at most; wider ones would not fit the vector memory twice
@@ -160,6 +160,15 @@ def mosaic(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, interpret=False, *
     return gpu.multiply(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, **rounded, interpret=interpret)
 
 
+def _triton(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, interpret=False, **rounded):
+    from pallas_kernels.grouped_matmul import triton  # imports Triton
+
+    if reason := triton.refusal(x_RI.dtype, kernel_GOI, rounded.get("scale_GOJ")):
+        raise ValueError(reason)
+    first = 0 if first is None else first
+    return triton.multiply(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, **rounded, interpret=interpret)
+
+
 def tpu_refusal(num_inputs, num_outputs) -> str | None:
     """Why a TPU's kernels cannot run a width, with the nearest that they can; None when they can."""
     for what, width in (("inputs", num_inputs), ("outputs", num_outputs)):
@@ -204,7 +213,12 @@ def check(
         return (128 if ffn_size % 128 else None), kernel if hidden_size % 128 == 0 else "ragged_dot"
     if is_hopper_of_halves and quantization != "int4":
         unit = 64 if quantization is None else 128  # inputs of a buffer
-        return (unit if ffn_size % unit else None), "mosaic" if hidden_size % unit == 0 else "ragged_dot"
+        if ffn_size % unit or hidden_size % unit == 0:
+            return (unit if ffn_size % unit else None), "mosaic" if hidden_size % unit == 0 else "ragged_dot"
+    if platform == "gpu" and has_triton(device_kind):
+        dtypes = ("bfloat16", "float16") if quantization == "int4" else ("bfloat16", "float16", "float32")
+        unit = 32  # inputs, as its narrowest block or an int4 kernel's group has them
+        return None, "triton" if dtype in dtypes and hidden_size % unit == ffn_size % unit == 0 else "ragged_dot"
     if platform == "cpu" and cpu.is_available() and (quantization != "int4" or in_panels):
         return None, "cpu"
     return None, "ragged_dot"
@@ -219,10 +233,8 @@ def _fastest(x_TI, kernel_GOI, kernel_scale, in_panels) -> str:
         from pallas_kernels.grouped_matmul import tpu
 
         return "ragged_dot" if tpu.refusal(rows_dtype, kernel_GOI, kernel_scale) else "tpu"
-    if platform == "gpu" and is_hopper(current_device_kind()):
-        from pallas_kernels.grouped_matmul import gpu
-
-        return "ragged_dot" if gpu.refusal(rows_dtype, kernel_GOI) else "mosaic"
+    if platform == "gpu":
+        return _fastest_on_gpu(rows_dtype, kernel_GOI, kernel_scale)
     if platform == "cpu" and cpu.is_available():
         from pallas_kernels.cpu import matmul
 
@@ -232,6 +244,22 @@ def _fastest(x_TI, kernel_GOI, kernel_scale, in_panels) -> str:
     return "ragged_dot"
 
 
+def _fastest_on_gpu(rows_dtype, kernel_GOI, kernel_scale) -> str:
+    kind = current_device_kind()
+    if is_hopper(kind):
+        from pallas_kernels.grouped_matmul import gpu
+
+        if gpu.refusal(rows_dtype, kernel_GOI) is None:
+            return "mosaic"
+    if has_triton(kind):
+        from pallas_kernels.grouped_matmul import triton
+
+        if triton.refusal(rows_dtype, kernel_GOI, kernel_scale) is None:
+            return "triton"
+    return "ragged_dot"
+
+
 IMPLEMENTATIONS = {
-    "reference": reference, "ragged_dot": ragged_dot, "megablox": megablox, "tpu": _tpu, "mosaic": mosaic, "cpu": _cpu
+    "reference": reference, "ragged_dot": ragged_dot, "megablox": megablox, "tpu": _tpu, "mosaic": mosaic,
+    "triton": _triton, "cpu": _cpu,
 }  # fmt: skip

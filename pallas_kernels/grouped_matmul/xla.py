@@ -12,7 +12,7 @@ from pallas_kernels.linear import int4_floats, multiply_int4
 
 def reference(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_GOJ=None, offset_GOJ=None, **of_int8):
     """Every expert on every row, then each row picks its own."""
-    kernel_EOI, group_R = _cut(kernel_GOI, first, group_sizes_E), _experts(group_sizes_E, len(x_RI))
+    kernel_EOI, group_R = _cut(kernel_GOI, first, group_sizes_E), experts_of(group_sizes_E, len(x_RI))
     if scale_GOJ is not None:
         kernel_EOI = int4_floats(kernel_EOI, *(_cut(of, first, group_sizes_E) for of in (scale_GOJ, offset_GOJ)))
     sums = jnp.int32 if of_int8 else jnp.float32
@@ -22,7 +22,7 @@ def reference(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_GOJ=No
 
 
 def ragged_dot(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_GOJ=None, offset_GOJ=None, **of_int8):
-    group_R = _experts(group_sizes_E, len(x_RI))
+    group_R = experts_of(group_sizes_E, len(x_RI))
     if scale_GOJ is not None:
         weights = kernel_GOI, scale_GOJ, offset_GOJ
         return _one_by_one(x_RI, weights, group_sizes_E, group_R, 0 if first is None else first).astype(out_dtype)
@@ -53,7 +53,7 @@ def in_steps(sums_RO, expert_R, scale_EO=None, step_R1=None):
     return sums_RO if scale_EO is None else sums_RO.astype(jnp.float32) * (scale_EO[expert_R] * step_R1)
 
 
-def _experts(group_sizes_E, num_rows):
+def experts_of(group_sizes_E, num_rows):
     """Whose each row is; of padding the last one's."""
     expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(num_rows), side="right")
     return jnp.minimum(expert_R, len(group_sizes_E) - 1)

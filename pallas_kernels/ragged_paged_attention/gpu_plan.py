@@ -1,8 +1,8 @@
-"""What the GPU kernel takes and how it cuts its work. No Pallas in here. Dimension key as in the package."""
+"""What the GPU kernels take and how they cut their work. No Pallas in here. Dimension key as in the package."""
 
 import jax.numpy as jnp
 
-from pallas_kernels.platform import HOPPER, is_hopper
+from pallas_kernels.platform import HOPPER, has_triton, is_hopper
 from pallas_kernels.ragged_paged_attention import scales
 
 TILE = 64  # rows of one wgmma; also the tokens of a block of keys
@@ -23,6 +23,7 @@ QUERIES = {
     "float8_e5m2": ("bfloat16", "float16"),
 }
 NUM_BLOCKS = 264  # two blocks of threads for each of an H100's 132 multiprocessors
+TRITON_BYTES = 16384  # of the keys of a block: beside as many values, two blocks in flight fit any GPU since Ampere
 
 
 def cache_shape(num_pages, page_size, num_kv_heads, head_dim) -> tuple[int, int, int, int]:
@@ -35,35 +36,61 @@ def cache_shape(num_pages, page_size, num_kv_heads, head_dim) -> tuple[int, int,
 
 
 def refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
-    """Why a GPU should not run this at all: what the kernel does not take for a number that is the caller's choice."""
+    """Why a GPU should not run this at all: what its kernel does not take for a number that is the caller's choice."""
     N, K, B = q_TNH.shape[1], k_TKH.shape[1], cache_PBCH.shape[1]
     if N % K or (B not in PAGE_SIZES and is_hopper(device_kind)):
-        return kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
+        return hopper_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
     return None
 
 
-def kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
+def kernel(q_TNH, k_TKH, cache_PBCH, device_kind) -> str:
+    """Which kernel runs this: "hopper", "triton" or "gather"."""
+    if hopper_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) is None:
+        return "hopper"
+    return "triton" if triton_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) is None else "gather"
+
+
+def hopper_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
     """Why the Mosaic kernel cannot run this, with the nearest that it can; None when it can."""
-    N, H = q_TNH.shape[1:]
-    K = k_TKH.shape[1]
-    P, B, C, cache_H = cache_PBCH.shape
-    if N % K:
-        return f"{N} query heads cannot share {K} kv heads evenly; use {max(1, N // K) * K} query heads"
+    B = cache_PBCH.shape[1]
+    if reason := _refusal_of_shapes(q_TNH, k_TKH, cache_PBCH):
+        return reason
     if not is_hopper(device_kind):
         return f"{device_kind} is not a Hopper GPU ({', '.join(HOPPER)})"
     if B not in PAGE_SIZES:
         nearest = min(PAGE_SIZES, key=lambda size: (abs(size - B), size))
         return f"page size {B} is not one of {PAGE_SIZES}; use {nearest}"
-    if N // K > TILE:
-        return f"{N // K} query heads a kv head are over a tile's {TILE}"
     queries = QUERIES.get(cache_PBCH.dtype.name)
     if queries is None:
         return f"the kernel takes no pages of {cache_PBCH.dtype}; use bfloat16 or float16"
     if q_TNH.dtype.name not in queries:
         return f"pages of {cache_PBCH.dtype} take queries of {' or '.join(queries)}, not of {q_TNH.dtype}"
+    return None
+
+
+def triton_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
+    """Why the Triton kernel cannot run this; None when it can."""
+    if reason := _refusal_of_shapes(q_TNH, k_TKH, cache_PBCH):
+        return reason
+    if not has_triton(device_kind):
+        return f"{device_kind} is not a GPU of NVIDIA's with tensor cores for bfloat16, Ampere or newer"
+    if cache_PBCH.dtype.itemsize == 1 and 2**31 < cache_PBCH.size <= 2**32:
+        # Triton's offsets are int32 up to 4 GiB, which for bytes is more than they hold.
+        return f"pages of {cache_PBCH.size} bytes are between 2 and 4 GiB; take fewer or more"
+    return None
+
+
+def _refusal_of_shapes(q_TNH, k_TKH, cache_PBCH) -> str | None:
+    N, H = q_TNH.shape[1:]
+    K = k_TKH.shape[1]
+    C, cache_H = cache_PBCH.shape[2:]
+    if N % K:
+        return f"{N} query heads cannot share {K} kv heads evenly; use {max(1, N // K) * K} query heads"
+    if N // K > TILE:
+        return f"{N // K} query heads a kv head are over a tile's {TILE}"
     if cache_H > MAX_HEAD_DIM:
         return f"head_dim {H} is over the kernel's {MAX_HEAD_DIM}"
-    if cache_H % TILE or (cache_H > 128 and cache_H % 128):
+    if cache_H not in (64, 128, 256):
         wanted = 256 if cache_H > 128 else 64 * -(-cache_H // 64)
         return f"a cache {cache_H} wide was given where the kernel needs {wanted}; allocate it by cache_shape"
     if C != 2 * K and not scales.are_in(cache_PBCH, K):
@@ -102,3 +129,22 @@ def num_warpgroups(head_dim) -> int:
 def widened(dtype):
     """What the kernel multiplies where pages hold this."""
     return WIDENED.get(jnp.dtype(dtype).name, dtype)
+
+
+def widened_for(q_dtype, dtype):
+    """What the Triton kernel multiplies: the pages' numbers, or what holds a query's digits and theirs of 8 bits."""
+    if jnp.dtype(dtype).itemsize > 1:
+        return jnp.dtype(dtype)
+    if q_dtype == jnp.bfloat16:
+        return widened(dtype)
+    return jnp.dtype(q_dtype)
+
+
+def tokens_of_block(head_dim, dtype) -> int:
+    """Keys that the Triton kernel folds at once."""
+    return max(16, min(TILE, TRITON_BYTES // (head_dim * jnp.dtype(dtype).itemsize)))
+
+
+def num_warps(num_rows, head_dim) -> int:
+    """Of a Triton block: four keep the sums of 16 rows in registers, of a whole tile of wide heads eight."""
+    return 8 if num_rows * head_dim >= TILE * 128 else 4

@@ -32,7 +32,12 @@ def check(
     if platform == "tpu":
         table_SM = array((num_rows, num_columns), jnp.int32)
         return tpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, table_SM, device_kind), "a Pallas kernel for TPUs"
-    reason = gpu_plan.kernel_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
-    if reason is None:
-        return None, "a Mosaic kernel for Hopper GPUs"
-    return gpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, device_kind), f"gathered pages in XLA: {reason}"
+    refusal = gpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
+    match gpu_plan.kernel(q_TNH, k_TKH, cache_PBCH, device_kind):
+        case "hopper":
+            return refusal, "a Mosaic kernel for Hopper GPUs"
+        case "triton":
+            return refusal, "a Triton kernel: " + gpu_plan.hopper_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
+        case _:
+            reason = gpu_plan.triton_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
+            return refusal, f"gathered pages in XLA: {reason}"

@@ -174,7 +174,7 @@ GATHERED = {
 def test_gathered_pages_match_reference(monkeypatch, shape, options, subtests):
     monkeypatch.setattr(gpu.gpu_gather, "KEYS", 32)
     monkeypatch.setattr(gpu.gpu_gather, "QUERIES", 16)
-    gathered = jax.jit(functools.partial(gpu.attend, scale=SCALE, soft_cap=options.get("soft_cap")))
+    gathered = jax.jit(functools.partial(gpu.attend, scale=SCALE, kernel="gather", soft_cap=options.get("soft_cap")))
     arrays = {name: value for name, value in options.items() if name != "soft_cap"}
     for seed, rows in enumerate([MIXED, *(kernel_batch.random_rows(shape, seed) for seed in range(3))]):
         with subtests.test(rows=rows):
@@ -197,16 +197,10 @@ def test_gathered_pages_match_reference(monkeypatch, shape, options, subtests):
 def test_refusals_give_numbers_and_a_way_out(change, says):
     shape = Shape(**{"cache_dtype": "bfloat16"} | change)
     q, k, _, cache, *_ = kernel_batch.batch(shape, [(1, 1)], gpu.cache_shape)
-    assert says in gpu_plan.kernel_refusal(q, k, cache, "NVIDIA H100 80GB HBM3")
-
-
-def test_other_gpus_gather_pages():
-    q, k, _, cache, *_ = kernel_batch.batch(BFLOAT16(), [(1, 1)], gpu.cache_shape)
-    assert "Hopper" in gpu_plan.kernel_refusal(q, k, cache, "NVIDIA A100-SXM4-80GB")
-    assert gpu_plan.kernel_refusal(q, k, cache, "NVIDIA H100 80GB HBM3") is None
+    assert says in gpu_plan.hopper_refusal(q, k, cache, "NVIDIA H100 80GB HBM3")
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 160, 192, 256])
 def test_pages_as_the_platform_shapes_them_are_taken(head_dim):
     q, k, _, cache, *_ = kernel_batch.batch(Shape(head_dim=head_dim, cache_dtype="bfloat16"), [(1, 1)], gpu.cache_shape)
-    assert gpu_plan.kernel_refusal(q, k, cache, "NVIDIA H100 80GB HBM3") is None
+    assert gpu_plan.hopper_refusal(q, k, cache, "NVIDIA H100 80GB HBM3") is None

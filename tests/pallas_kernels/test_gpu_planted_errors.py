@@ -11,25 +11,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_batch import LONG, MIXED, SHARING, Shape
 from planted_error import what_notices
 
-from pallas_kernels.ragged_paged_attention import gpu, gpu_gather, gpu_narrow
+from pallas_kernels.ragged_paged_attention import gpu, gpu_gather, gpu_hopper, gpu_narrow
 
 if not hasattr(plgpu, "InterpretGPUParams"):
     pytest.skip("this JAX has no interpreter for Mosaic GPU kernels", allow_module_level=True)
 
 import gpu_interpreter
 
-_Tile = gpu._Tile
+Tile = gpu_hopper.Tile
 changed = dataclasses.replace
 SCALES = {"k_scale": np.float32(0.05), "v_scale": np.float32(0.03)}
 
 
 def sees(low=0, position=0):
     """Which keys are seen, with a window's first key or the last one moved."""
-    seen = _Tile.seen
+    seen = Tile.seen
     return lambda tile, block, last, first, end: seen(tile, block, last + position, first + low, end)
 
 
-def meets_once_of_twice(meet=gpu.meet):
+def meets_once_of_twice(meet=gpu_hopper.meet):
     turns = itertools.cycle([True, False])
     return lambda barrier: meet(barrier) if next(turns) else None
 
@@ -86,49 +86,49 @@ BATCHES = {
         {"max_q_len": 4},
     ),
 }
-page_id, run_tiles, start, fold = gpu.page_id, gpu._run_tiles, _Tile.start, _Tile.fold
+page_id, run_tiles, start, fold = gpu_hopper.page_id, gpu._run_tiles, Tile.start, Tile.fold
 put_together = gpu_narrow.put_together
 DIFFERS, RACES = {"differs"}, {"differs", "races"}
 # error: (batch, where it is planted, what is planted, what notices)
 ERRORS = {
-    "a length is one short": ("bfloat16", _Tile, "seen", sees(position=-1), DIFFERS),
-    "a query sees the key after it": ("bfloat16", _Tile, "seen", sees(position=1), DIFFERS),
+    "a length is one short": ("bfloat16", Tile, "seen", sees(position=-1), DIFFERS),
+    "a query sees the key after it": ("bfloat16", Tile, "seen", sees(position=1), DIFFERS),
     "the page before is read": (
         "bfloat16",
-        gpu,
+        gpu_hopper,
         "page_id",
         lambda pages, row, p: page_id(pages, row, jnp.maximum(p - 1, 0)),
         RACES,
     ),
     "a row goes on in another's page behind the shared ones": (
         "shared",
-        gpu,
+        gpu_hopper,
         "page_id",
         lambda pages, row, p: page_id(pages, jnp.where(p == 2, 0, row), p),
         RACES,
     ),
     "another layer's pages are read": (
         "everything",
-        gpu,
+        gpu_hopper,
         "page_id",
         lambda pages, row, p: page_id(pages, row, p) % BFLOAT16.num_pages,
         DIFFERS,
     ),
-    "nobody waits for keys": ("bfloat16", gpu, "wait", lambda barriers, slot: None, RACES),
-    "a stale tail is not blanked": ("bfloat16", gpu, "blank", lambda v_smem, begin, end: None, DIFFERS),
-    "a window is a key too wide": ("everything", _Tile, "seen", sees(low=-1), DIFFERS),
-    "a window is a key too narrow": ("everything", _Tile, "seen", sees(low=1), DIFFERS),
+    "nobody waits for keys": ("bfloat16", gpu_hopper, "wait", lambda barriers, slot: None, RACES),
+    "a stale tail is not blanked": ("bfloat16", gpu_hopper, "blank", lambda v_smem, begin, end: None, DIFFERS),
+    "a window is a key too wide": ("everything", Tile, "seen", sees(low=-1), DIFFERS),
+    "a window is a key too narrow": ("everything", Tile, "seen", sees(low=1), DIFFERS),
     "the soft cap is dropped": (
         "everything",
-        _Tile,
+        Tile,
         "fold",
         lambda tile, *args, **refs: fold(changed(tile, soft_cap=None), *args, **refs),
         DIFFERS,
     ),
-    "sinks are dropped": ("everything", _Tile, "start", lambda tile, split, row: start(tile, 1, row), DIFFERS),
+    "sinks are dropped": ("everything", Tile, "start", lambda tile, split, row: start(tile, 1, row), DIFFERS),
     "a sink counts in every part of the keys": (
         "everything",
-        _Tile,
+        Tile,
         "start",
         lambda tile, split, row: start(tile, 0, row),
         DIFFERS,
@@ -141,11 +141,11 @@ ERRORS = {
         DIFFERS,
     ),
     "padding tokens are written": ("fewer rows", gpu, "write", write_all_tokens, DIFFERS),
-    "warpgroups do not meet": ("two warpgroups", gpu, "meet", lambda barrier: None, RACES),
-    "warpgroups meet once a block": ("two warpgroups", gpu, "meet", meets_once_of_twice(), RACES),
+    "warpgroups do not meet": ("two warpgroups", gpu_hopper, "meet", lambda barrier: None, RACES),
+    "warpgroups meet once a block": ("two warpgroups", gpu_hopper, "meet", meets_once_of_twice(), RACES),
     "a warpgroup keeps its logits": (
         "two warpgroups",
-        _Tile,
+        Tile,
         "sum_shares",
         lambda tile, logits, *refs: logits,
         DIFFERS,
@@ -171,15 +171,15 @@ ERRORS = {
         with_scales(k="v_scale", v="k_scale"),
         DIFFERS,
     ),
-    "fp8: a length is one short": ("fp8", _Tile, "seen", sees(position=-1), DIFFERS),
+    "fp8: a length is one short": ("fp8", Tile, "seen", sees(position=-1), DIFFERS),
     "fp8: the page before is read": (
         "fp8",
-        gpu,
+        gpu_hopper,
         "page_id",
         lambda pages, row, p: page_id(pages, row, jnp.maximum(p - 1, 0)),
         RACES,
     ),
-    "fp8: nobody waits for keys": ("fp8", gpu, "wait", lambda barriers, slot: None, RACES),
+    "fp8: nobody waits for keys": ("fp8", gpu_hopper, "wait", lambda barriers, slot: None, RACES),
     "fp8: scales are swapped": ("fp8", gpu, "_run_tiles", runs_with_swapped_scales, DIFFERS),
     "int8: scales are of the head beside": (
         "int8",

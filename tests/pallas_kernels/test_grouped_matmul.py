@@ -38,14 +38,14 @@ def batch(sizes, rows=32, inputs=128, outputs=256, dtype=np.float32):
 def interpreted(monkeypatch):
     """Kernels for devices that are not here run in Pallas's interpreters."""
     races = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    for name, how in (("megablox", True), ("tpu", True), ("mosaic", races)):
+    for name, how in (("megablox", True), ("tpu", True), ("triton", True), ("mosaic", races)):
         monkeypatch.setitem(
             module.IMPLEMENTATIONS, name, functools.partial(module.IMPLEMENTATIONS[name], interpret=how)
         )
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox", "cpu"])
+@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox", "triton", "cpu"])
 def test_matches_numpy(sizes, implementation):
     args, expected = batch(sizes)
     np.testing.assert_allclose(grouped_matmul(*args, implementation=implementation), expected, atol=1e-5)
@@ -55,9 +55,10 @@ def test_matches_numpy(sizes, implementation):
 @pytest.mark.parametrize("rows", [64, 96])
 @pytest.mark.parametrize("sizes", [[3, 0, 17, 1], [0, 64, 0, 0], [0, 0, 0, 0], [16, 0, 15, 0]])
 @pytest.mark.parametrize("out_dtype", [jnp.float32, jnp.bfloat16])
-def test_hopper_kernel_matches_numpy(rows, sizes, out_dtype):
+@pytest.mark.parametrize("implementation", ["mosaic", "triton"])
+def test_gpu_kernels_match_numpy(implementation, rows, sizes, out_dtype):
     args, expected = batch(sizes, rows, 192, dtype=jnp.bfloat16)
-    found = grouped_matmul(*args, out_dtype=out_dtype, implementation="mosaic")
+    found = grouped_matmul(*args, out_dtype=out_dtype, implementation=implementation)
     assert found.dtype == out_dtype
     np.testing.assert_allclose(found.astype(np.float32), expected, atol=1e-5, rtol=2**-8 * (out_dtype != jnp.float32))
 
@@ -82,7 +83,7 @@ def rounded_batch(sizes, rows=32, inputs=128, outputs=256, dtype=jnp.bfloat16):
     )
 
 
-ROUNDED = ["reference", "ragged_dot", "tpu", "mosaic", "cpu"]
+ROUNDED = ["reference", "ragged_dot", "tpu", "mosaic", "triton", "cpu"]
 
 
 @pytest.mark.parametrize("sizes", [SIZES["padding rows"], SIZES["no rows"], [1, 1, 0, 30]])
@@ -96,7 +97,7 @@ def test_int8_is_as_near_as_the_rounding_of_tokens_lets_it(sizes, implementation
     np.testing.assert_allclose(found, reference, rtol=1e-5, atol=2e-2 if implementation == "cpu" else 1e-6)
 
 
-@pytest.mark.parametrize("rows, implementation", [(192, "tpu"), (96, "mosaic")])
+@pytest.mark.parametrize("rows, implementation", [(192, "tpu"), (96, "mosaic"), (96, "triton")])
 def test_int8_in_tiles_of_many_rows(rows, implementation):
     args, options, expected, most = rounded_batch([3, 0, rows - 5, 1], rows, 256)
     found = grouped_matmul(*args, **options, implementation=implementation, out_dtype=jnp.bfloat16)
@@ -139,7 +140,7 @@ def in_panels(kernel, options):
 
 
 # Where weights become bfloat16 before they are multiplied, each term is rounded to eight bits.
-INT4 = {"reference": 2**-20, "ragged_dot": 2**-8, "tpu": 2**-20, "cpu": 2**-20}
+INT4 = {"reference": 2**-20, "ragged_dot": 2**-8, "tpu": 2**-20, "triton": 2**-8, "cpu": 2**-20}
 
 
 @pytest.mark.parametrize("sizes", [SIZES["padding rows"], SIZES["no rows"], [1, 1, 0, 30]])
@@ -151,9 +152,10 @@ def test_int4_matches_numpy(sizes, implementation):
     assert (np.abs(np.asarray(found) - expected) <= INT4[implementation] * terms).all()
 
 
-def test_int4_in_tiles_of_many_rows():
+@pytest.mark.parametrize("implementation", ["tpu", "triton"])
+def test_int4_in_tiles_of_many_rows(implementation):
     args, options, expected, terms = int4_batch([3, 0, 120, 1], 128)
-    found = grouped_matmul(*args, **options, implementation="tpu")
+    found = grouped_matmul(*args, **options, implementation=implementation)
     error = np.abs(np.asarray(found) - expected)
     assert (error <= 2**-8 * terms).all() and (error > 2**-14 * terms).any()
 
@@ -173,7 +175,7 @@ def test_int4_experts_are_found_among_those_of_other_layers(implementation):
     assert np.abs(expected).max() > 1
 
 
-@pytest.mark.parametrize("implementation", ["reference", "megablox", "cpu"])
+@pytest.mark.parametrize("implementation", ["reference", "megablox", "triton", "cpu"])
 def test_experts_are_found_among_those_of_other_layers(implementation):
     (x, kernels, sizes), expected = batch(SIZES["padding rows"])
     others = jnp.full_like(kernels, jnp.nan)
@@ -243,7 +245,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("fault", ERRORS.values(), ids=ERRORS)
-@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox", "mosaic", "cpu"])
+@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "megablox", "mosaic", "triton", "cpu"])
 def test_planted_error_is_noticed(monkeypatch, implementation, fault):
     monkeypatch.setitem(module.IMPLEMENTATIONS, implementation, fault(module.IMPLEMENTATIONS[implementation]))
     args, expected = batch(SIZES["even"], dtype=jnp.bfloat16)

@@ -67,7 +67,9 @@ def test_whole_experts_are_part_of_what_programs_are_kept_under(tmp_path):
         ("tpu", "TPU v6 lite", "int8", "tpu"),
         ("tpu", "TPU v6 lite", "int4", "tpu"),
         ("gpu", "NVIDIA H100 80GB HBM3", "int8", "mosaic"),
-        ("gpu", "NVIDIA H100 80GB HBM3", "int4", "ragged_dot"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "int4", "triton"),
+        ("gpu", "NVIDIA A100-SXM4-80GB", "int8", "triton"),
+        ("gpu", "Tesla V100-SXM2-16GB", "int8", "ragged_dot"),
     ],
 )
 def test_the_plan_counts_rounded_experts(tmp_path, platform, kind, method, kernel):
