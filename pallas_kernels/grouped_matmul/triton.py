@@ -132,8 +132,8 @@ class _Tile:
 
         is_int = jnp.issubdtype(inputs[0].dtype, jnp.integer)
         nothing = jnp.zeros((self.rows, self.outputs), jnp.int32 if is_int else jnp.float32)
-        steps = jnp.where(start < end, num_inputs // self.block, 0)
-        sums_RO = lax.fori_loop(0, steps, add, nothing)
+        steps = jnp.where(start < end, jnp.int32(num_inputs // self.block), jnp.int32(0))
+        sums_RO = lax.fori_loop(jnp.int32(0), steps, add, nothing)
         at = out.at[row_R[:, None], output_O[None]]
         plt.store(at, sums_RO.astype(out.dtype), mask=jnp.broadcast_to(is_mine_R1, sums_RO.shape))
 

@@ -69,7 +69,7 @@ def attend_tiles(
         ],
         compiler_params=plt.CompilerParams(num_warps=num_warps(R, H), num_stages=3),
         interpret=bool(interpret),
-        name="ragged_paged_attention",
+        name=f"ragged_paged_attention_{R}_rows",
     )(tiles_I5, pages_SM, sinks_KR, q_IKRH, factor_IKR, v_scale_1, cache_PBCH)
 
 

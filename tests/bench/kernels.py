@@ -2,7 +2,7 @@
 
     python -m tests.bench.kernels                      figures from the shapes alone, for every chip
     python -m tests.bench.kernels --schedule v5e v6e   also what the TPU compiler makes of each (needs libtpu only)
-    python -m tests.bench.kernels --assemble           also what CUDA's assembler makes of the H100's attention
+    python -m tests.bench.kernels --assemble           also what CUDA's assembler makes of attention on an H100, A100
     python -m tests.bench.kernels --time               also times on the accelerator of this machine
     python -m tests.bench.kernels --case "8B decode"   those whose names begin so
 
@@ -41,7 +41,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     chips = list(absent_tpu.TOPOLOGIES)
     parser.add_argument("--schedule", nargs="*", metavar="CHIP", choices=chips, help=f"compile for: {' '.join(chips)}")
-    parser.add_argument("--assemble", action="store_true", help="assemble the H100's kernels with ptxas")
+    parser.add_argument("--assemble", action="store_true", help="assemble an H100's and an A100's attention with ptxas")
     parser.add_argument("--time", action="store_true", help="time on this machine's accelerator")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--case", nargs="*", default=[""], help="how the names of cases begin")
@@ -262,19 +262,20 @@ def _other_row(chip, case, dump):
 
 
 def assembler_table(cases):
-    """Registers, spills and shared memory of each kernel on an H100: decodes, then rows of any length."""
-    print(f"\nH100, pages of 32\n{'case':34}" + columns("compile s", "kernel", "registers", "spilled B", "shared B"))
-    for name, case in cases.items():
-        case = dataclasses.replace(case, B=32)
-        with tempfile.TemporaryDirectory() as dump:
-            shapes, folder = _few_pages(case, "gpu"), pathlib.Path(dump)
-            _, seconds = absent_gpu.compile_for_h100(case.function, shapes, donate=case.written, dump=folder)
-            kernels = absent_gpu.kernels(folder)
-        for part, kernel in zip(("decodes", "any"), kernels, strict=False):
-            numbers = (kernel.registers, kernel.spilled_bytes, kernel.shared_bytes)
-            print(f"{name:34}{seconds:10.1f}{part:>10}" + "".join(f"{n:10,}" for n in numbers))
-        if not kernels:
-            print(f"{name:34}{seconds:10.1f}{'none':>10}  pages are gathered in XLA")
+    """Registers, spills and shared memory of each kernel on an H100 and an A100: decodes, then rows of any length."""
+    for kind in (absent_gpu.H100, absent_gpu.A100):
+        print(f"\n{kind}, pages of 32\n{'case':34}", end="")
+        print(columns("compile s", "kernel", "registers", "spilled B", "shared B"))
+        for name, case in cases.items():
+            case = dataclasses.replace(case, B=32)
+            with tempfile.TemporaryDirectory() as dump:
+                shapes, folder = _few_pages(case, "gpu"), pathlib.Path(dump)
+                _, seconds = absent_gpu.compile_for(kind, case.function, shapes, donate=case.written, dump=folder)
+                triton = absent_gpu.triton_kernels(folder, "ragged_paged_attention")
+                kernels = absent_gpu.kernels(folder) or triton
+            for part, kernel in zip(("decodes", "any"), kernels, strict=False):
+                numbers = (kernel.registers, kernel.spilled_bytes, kernel.shared_bytes)
+                print(f"{name:34}{seconds:10.1f}{part:>10}" + "".join(f"{n:10,}" for n in numbers), flush=True)
 
 
 def time_table(cases, runs):

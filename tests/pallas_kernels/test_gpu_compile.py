@@ -1,4 +1,4 @@
-"""The Hopper attention kernel compiles for an H100, fits its shared memory and keeps the pages in place."""
+"""Attention and experts compile for an H100 and an A100, fit shared memory and keep pages and weights in place."""
 
 import functools
 
@@ -32,7 +32,7 @@ CASES = {
     "int8 with scales": (32, 8, 128, 32, "int8", 64, True),
     "int8 with scales, heads of 64": (9, 3, 64, 32, "int8", 64, True),
     "int8 with scales, heads of 256": (8, 4, 256, 32, "int8", 64, True),
-    "float32": (32, 8, 128, 16, "float32", 64, False),
+    "float32": (32, 8, 128, 16, "float32", 64, False),  # Triton
     "window, soft cap, sinks, large pages": (32, 8, 128, 256, "bfloat16", 1024, True),
 }
 OPTIONS = {
@@ -96,6 +96,69 @@ def test_attention_compiles_and_writes_pages_in_place(name, tmp_path):
     for kernel in kernels:
         assert kernel.spilled_bytes == 0
         assert kernel.shared_bytes <= (227 * 1024 if H == 256 else 227 * 1024 // 2)  # else two blocks a multiprocessor
+
+
+# Queries' dtype, and as CASES.
+ON_AN_A100 = {
+    "Llama-3-8B decode": ("bfloat16", 32, 8, 128, 16, "bfloat16", 64),
+    "Llama-3-8B chunk, large pages": ("bfloat16", 32, 8, 128, 128, "bfloat16", 1024),
+    "odd heads of 80, pages of 48": ("float16", 9, 3, 80, 48, "float16", 64),
+    "heads of 256": ("bfloat16", 8, 4, 256, 32, "bfloat16", 64),
+    "float32": ("float32", 32, 8, 128, 16, "float32", 64),
+    "fp8": ("bfloat16", 32, 8, 128, 16, "float8_e4m3fn", 64),
+    "fp8_e5m2, float16, heads of 64": ("float16", 9, 3, 64, 32, "float8_e5m2", 64),
+    "int8 with scales": ("bfloat16", 32, 8, 128, 32, "int8", 64),
+    "int8 with scales, float16": ("float16", 32, 8, 128, 32, "int8", 64),
+    "window, soft cap, sinks, large pages": ("bfloat16", 32, 8, 128, 256, "bfloat16", 1024),
+}
+
+
+@pytest.mark.parametrize("name", ON_AN_A100)
+def test_attention_compiles_for_gpus_before_hopper(name, tmp_path):
+    dtype, N, K, H, B, cache_dtype, T = ON_AN_A100[name]
+    P, S, M = 256, 64, 64
+    array = jax.ShapeDtypeStruct
+    shapes = [
+        *(array((T, heads, H), jnp.dtype(dtype)) for heads in (N, K, K)),
+        array(cache_shape(P, B, K, H, "gpu", cache_dtype), jnp.dtype(cache_dtype)),
+        *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]),
+    ]
+    step = functools.partial(ragged_paged_attention, scale=0.1, **OPTIONS.get(name, {}))
+    executable, _ = absent_gpu.compile_for(absent_gpu.A100, step, shapes, donate=(3,), dump=tmp_path)
+    assert executable.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2  # decodes, rows of any length
+    memory = executable.memory_analysis()
+    assert memory.alias_size_in_bytes >= int(np.prod(shapes[3].shape)) * shapes[3].dtype.itemsize
+    assert memory.temp_size_in_bytes < 64 * 2**20
+    if absent_gpu.assembler() is None:
+        return
+    for kernel in absent_gpu.triton_kernels(tmp_path, "ragged_paged_attention"):
+        assert kernel.spilled_bytes <= (64 if cache_dtype == "float32" else 0)
+        assert kernel.shared_bytes <= 99 * 1024  # what a block has on an L4 or an RTX 4090
+
+
+@pytest.mark.parametrize("name", [*EXPERTS, "int4, 64 tokens, gate and up", "int4, 2,048 tokens, down"])
+def test_experts_compile_for_gpus_before_hopper(name, tmp_path):
+    T, G, E, O, I, out_dtype, *rounded = EXPERTS.get(name.removeprefix("int4, "), EXPERTS.get(name))
+    dtype = jnp.dtype("int4" if name.startswith("int4") else (rounded or ["bfloat16"])[0])
+    array = jax.ShapeDtypeStruct
+    shapes = [array((T, I), jnp.bfloat16), array((G, O, I), dtype), array((E,), jnp.int32)]
+    if dtype == jnp.int8:
+        shapes += [array((E, O), jnp.float32)]
+    elif dtype == jnp.int4:
+        shapes += [array((G, O, I // 32), jnp.bfloat16)] * 2
+
+    def multiply(x_TI, kernel, sizes_E, scale=None, offset=None):
+        options = {"first": jnp.int32(0), "out_dtype": jnp.dtype(out_dtype)}
+        return grouped_matmul(x_TI, kernel, sizes_E, kernel_scale=scale, kernel_offset=offset, **options)
+
+    executable, _ = absent_gpu.compile_for(absent_gpu.A100, multiply, shapes, dump=tmp_path)
+    assert executable.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 1
+    # Rows twice at most, and their answers; of no expert anything.
+    assert executable.memory_analysis().temp_size_in_bytes < 2 * T * (2 * I + 4 * O)
+    if absent_gpu.assembler() is None:
+        return
+    (kernel,) = absent_gpu.triton_kernels(tmp_path, "grouped_matmul")
+    assert kernel.spilled_bytes == 0 and kernel.shared_bytes <= 99 * 1024
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])
