@@ -126,6 +126,8 @@ TPU = [
 GPU = [
     *(Build("Llama-3-8B", target) for target in ("h100-1", "h100-2", "h100-4", "a100-1")),
     Build("Qwen3-30B-A3B", "h100-2", {"enable_expert_parallel": True}),
+    Build("Qwen3-30B-A3B", "a100-2", {"enable_expert_parallel": True}),
+    Build("Qwen3-30B-A3B", "a100-1", {"quantization": "int4"}),
 ]
 # For the fast tests: few rows and short chunks compile in seconds, and all else is as large.
 SMALL = {"max_num_seqs": 32, "max_num_batched_tokens": 512}
