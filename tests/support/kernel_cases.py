@@ -199,7 +199,7 @@ class Int4Matmul(Case):
 
 @dataclasses.dataclass(frozen=True)
 class GroupedMatmul(Case):
-    """One product of a layer's experts, as many tokens for each; weights of bfloat16 or rounded."""
+    """The first product of a layer's experts, of as many rows each; weights of bfloat16 or rounded."""
 
     tokens: int
     E: int
@@ -221,8 +221,8 @@ class GroupedMatmul(Case):
         return np.diff(np.arange(self.E + 1) * self.T // self.E)
 
     def bytes(self, platform):
-        _, *weights, _ = self.shapes(platform)
-        return num_bytes(*weights) * (self.sizes > 0).mean() + 2 * self.T * self.I + 4 * self.T * self.O
+        x_TI, *weights, _, _ = self.shapes(platform)
+        return num_bytes(*weights) * (self.sizes > 0).mean() + num_bytes(x_TI) + 4 * self.T * self.O
 
     @property
     def flops(self):
@@ -230,10 +230,10 @@ class GroupedMatmul(Case):
 
     @property
     def function(self):
-        def multiply(x_TI, kernel, *scale_and_sizes):
-            *scale, sizes = scale_and_sizes
+        def multiply(x_TI, kernel, *others):
+            *scale, sizes, token_R = others
             options = dict(zip(("kernel_scale", "kernel_offset"), scale, strict=False))
-            return grouped_matmul(x_TI, kernel, sizes, **options)
+            return grouped_matmul(x_TI, kernel, sizes, token_R=token_R, **options)
 
         return multiply
 
@@ -242,10 +242,11 @@ class GroupedMatmul(Case):
         groups = (*size[:2], self.I // 32)
         scales = {"int8": [random(2, size[:2], jnp.float32)], "int4": [random(2, groups), random(3, groups)]}
         return [
-            random(0, (self.T, self.I)),
+            random(0, (self.tokens, self.I)),
             random(1, size, self.dtype, -span, span),
             *scales.get(self.dtype, []),
             whole(self.sizes),
+            whole(np.random.default_rng(0).permutation(self.T) // self.top),
         ]
 
     def grid_steps(self, grid):
