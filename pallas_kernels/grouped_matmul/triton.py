@@ -60,7 +60,7 @@ def multiply(
     else:
         inputs = [x_TI, kernel_GOI]
         widths = (BYTES // n // kernel_GOI.dtype.itemsize for n in (1, 2, 4))
-        block, pairs_of_group = next(width for width in widths if I % width == 0), None
+        block, pairs_of_group = next(width for width in widths if I % width == 0), 0
     sums_dtype = out_dtype if scale_EO is None else jnp.int32
     tile = _Tile(rows, outputs, block, pairs_of_group)
     y_TO = pl.pallas_call(
@@ -108,13 +108,13 @@ class _Tile:
     Attributes:
         rows, outputs: of the tile.
         block: X.
-        pairs_of_group: pairs of inputs that share an int4 weight's scale and offset; None of others.
+        pairs_of_group: pairs of inputs that share an int4 weight's scale and offset; 0 of others.
     """
 
     rows: int
     outputs: int
     block: int
-    pairs_of_group: int | None
+    pairs_of_group: int
 
     def body(self, tiles, *refs):
         *inputs, out = refs
@@ -123,7 +123,7 @@ class _Tile:
         row_R = start + jnp.arange(self.rows, dtype=jnp.int32)
         output_O = column * self.outputs + jnp.arange(self.outputs, dtype=jnp.int32)
         is_mine_R1 = (row_R < end)[:, None]
-        product = self.of_floats if self.pairs_of_group is None else self.of_int4
+        product = self.of_int4 if self.pairs_of_group else self.of_floats
         num_inputs = inputs[0].shape[1]
 
         def add(step, sums_RO):

@@ -165,13 +165,13 @@ class Tile:
         ]
         if self.first_scale is None:
             return *vectors, None, None
-        width = cache.shape[3]
+        first_scale, width = self.first_scale, cache.shape[3]
 
         def scale_of(i):
             bits_U = jnp.zeros_like(token_U)
             for byte in range(scales.BYTES):
                 place = (2 * head + i) * scales.BYTES + byte
-                at = cache.at[page_U, inside_U, self.first_scale + lax.div(place, width), lax.rem(place, width)]
+                at = cache.at[page_U, inside_U, first_scale + lax.div(place, width), lax.rem(place, width)]
                 bits_U |= plt.load(at, mask=is_live_U, other=0).astype(jnp.int32) << (8 * byte)
             return lax.bitcast_convert_type(bits_U, jnp.float32)
 

@@ -37,7 +37,8 @@ def check(
         case "hopper":
             return refusal, "a Mosaic kernel for Hopper GPUs"
         case "triton":
-            return refusal, "a Triton kernel: " + gpu_plan.hopper_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
+            reason = gpu_plan.hopper_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
+            return refusal, f"a Triton kernel: {reason}"
         case _:
             reason = gpu_plan.triton_refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
             return refusal, f"gathered pages in XLA: {reason}"
