@@ -248,7 +248,7 @@ def settle(
         memory: of one device; of a CPU, what one replica may have of it.
         model_max_len: positions the checkpoint was made for.
         weight_bytes: all weights, all devices.
-        token_bytes: keys and values of one token, all layers, in the cache's dtype.
+        token_bytes: keys and values of one token, all layers, in the cache's dtype, with their scales.
 
     Raises:
         ConfigError: the wishes contradict each other, or do not fit; the message has the numbers.
@@ -272,7 +272,7 @@ def settle(
             f"max_model_len {max_model_len:,} is above the {model_max_len:,} positions of this checkpoint; "
             "lower it, or set VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 if you know that the model extrapolates"
         )
-    page_size = choose("page_size", config.block_size, 16 if on_cpu else 128 if platform == "tpu" else 32, platform)
+    page_size = choose("page_size", config.block_size, page_size_for(config, platform), platform)
     page_columns = math.ceil(max_model_len / page_size)
     usual_seqs, why = (128 if on_cpu else 256), platform
     if platform == "tpu":
@@ -311,7 +311,7 @@ def settle(
         if on_cpu
         else "one dispatch for several steps, as long as they take 30 ms together",
     )
-    kv_dtype = kv_dtype_for(config, platform, dtype)
+    kv_dtype = kv_dtype_for(config, dtype)
     reasons.append(("kv cache", kv_dtype, f"{token_bytes:,} bytes a token{KV_NOTES.get(kv_dtype, '')}"))
     page_bytes = token_bytes * page_size
 
@@ -386,18 +386,13 @@ def settle(
     )
 
 
-def kv_dtype_for(config: EngineConfig, platform: str, dtype: str) -> str:
-    """The dtype of keys and values in their pages.
+def page_size_for(config: EngineConfig, platform: str) -> int:
+    """Tokens of a page."""
+    return config.block_size or {"cpu": 16, "tpu": 128}.get(platform, 32)
 
-    Raises:
-        ConfigError: the platform's kernels do not take it.
-    """
-    if config.kv_cache_dtype == "int8" and platform == "tpu":
-        raise ConfigError(
-            "kv_cache_dtype int8 keeps a scale beside each key and value; a TPU pads the vectors of a token to a power "
-            "of two, and with one more for scales they would take as much memory as bfloat16's: 32 bytes for 16 of "
-            "fp8 with 8 kv heads; use fp8, which has no scales and takes half"
-        )
+
+def kv_dtype_for(config: EngineConfig, dtype: str) -> str:
+    """The dtype of keys and values in their pages."""
     return dtype if config.kv_cache_dtype == "auto" else KV_DTYPES[config.kv_cache_dtype]
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.ragged_paged_attention import cache_shape, planning
 from runtime import formats, mesh, step_state
 from runtime.batch import StepLayout
 from runtime.buckets import buckets_for
-from runtime.config import EngineConfig, EnginePlan, Memory, is_stacked, itemsize, kv_dtype_for, settle
+from runtime.config import EngineConfig, EnginePlan, Memory, is_stacked, itemsize, kv_dtype_for, page_size_for, settle
 from runtime.errors import ConfigError
 from runtime.executables import Program
 from runtime.machine import Machine
@@ -74,8 +74,9 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
         # XLA multiplies tokens of float16, and would turn panels back in every step.
         in_panels=platform == "cpu" and not stacked and sizes == (1, 1) and jnp.dtype(dtype) != jnp.float16,
     )
-    kv_dtype = kv_dtype_for(config, platform, dtype)
+    kv_dtype, page_size = kv_dtype_for(config, dtype), page_size_for(config, platform)
     specs = bind(graph, shapes).cache_specs()
+    a_page = [_pages(s, 1, page_size, config.tensor_parallel_size, platform, kv_dtype) for s in specs]
     memory = machine.memory
     if platform == "cpu":  # one memory for all replicas
         memory = Memory(memory.total // config.data_parallel_size, memory.free // config.data_parallel_size)
@@ -86,8 +87,7 @@ def prepare(config: EngineConfig, checkpoint: Checkpoint, machine: Machine, repl
         vocab_size=checkpoint.config.vocab_size,
         model_max_len=checkpoint.config.max_length,
         weight_bytes=layout.num_bytes(shapes),
-        token_bytes=sum(int(np.prod(_pages(s, 1, 1, config.tensor_parallel_size, platform, kv_dtype))) for s in specs)
-        * itemsize(kv_dtype),
+        token_bytes=sum(int(np.prod(shape)) for shape in a_page) * itemsize(kv_dtype) // page_size,
         dtype=dtype,
     )
     plan = _with_vocabulary(plan, layout)

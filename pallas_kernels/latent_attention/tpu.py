@@ -23,7 +23,8 @@ from pallas_kernels.latent_attention import tpu_plan
 from pallas_kernels.latent_attention.tpu_plan import GRANULE, IN_FLIGHT
 from pallas_kernels.platform import current_device_kind
 from pallas_kernels.ragged_paged_attention.tpu_plan import LANES, Blocks, padded_rows, vmem_limit
-from pallas_kernels.ragged_paged_attention.tpu_walk import NO_WINDOW, Rows, Walk, page_id
+from pallas_kernels.ragged_paged_attention.tpu_walk import NO_WINDOW, Walk, page_id
+from pallas_kernels.ragged_paged_attention.tpu_write import Writer
 
 SUBLANES = 8  # rows of a tile of 32 bits: loads start at one
 
@@ -108,6 +109,7 @@ def _kernel(
     has_chunks,
 ):
     rows = dict(kv_lens=kv_lens, table=table, cu_q_lens=cu_q_lens, settings=settings, cache=cache, M=M)
+    rows |= dict(page_size=cache.shape[1])
     write_pages(new, rows, counts[1])
     # Where all rows have one query or none, an empty one may come before others.
     num_decode = counts[0] if has_chunks else counts[1]
@@ -124,69 +126,20 @@ def write_pages(new, rows, num_rows):
         in_sems=pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
         out_sems=pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
     )
-    pl.run_scoped(lambda **scratch: _Writer(**rows, **scratch, new=new, last=num_rows).run(), **scratch)
+    pl.run_scoped(
+        lambda **scratch: _Writer(**rows, **scratch, new=new, last=num_rows, granule=GRANULE).run(), **scratch
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Writer(Rows):
-    """Two walks over the granules of new tokens: one brings them in, the other follows, changes and sends them."""
-
-    new: object  # the step's latents, between tokens that nobody takes
-    granules: object
-    in_sems: object
-    out_sems: object
-
-    def first(self, s):
-        """The first granule of the next row from s on that has new tokens."""
-        s = self.next_row(s - 1)
-        return s, self.past_len(jnp.minimum(s, self.kv_lens.shape[0] - 1)) // GRANULE
-
-    def after(self, s, g):
-        is_more = (g + 1) * GRANULE < self.kv_lens[s]
-        next_s, next_g = self.first(s + 1)
-        return jnp.where(is_more, s, next_s), jnp.where(is_more, g + 1, next_g)
+class _Writer(Writer):
+    """A writer of the step's latents, which stand between tokens that nobody takes."""
 
     def place(self, s, g):
-        """A granule in its page."""
         per_page = self.page_size // GRANULE
         return self.cache.at[page_id(self, s, g // per_page), pl.ds(g % per_page * GRANULE, GRANULE)]
 
-    def wait(self, sems, slot):
-        buffer = self.granules.at[slot]
-        pltpu.make_async_copy(buffer, buffer, sems.at[slot]).wait()
-
-    def run(self):
-        zero = jnp.int32(0)
-        start = self.first(zero)
-        _, num_in, _, _ = lax.while_loop(lambda state: state[2][0] < self.last, self.turn, (start, zero, start, zero))
-        pl.loop(0, jnp.minimum(num_in, IN_FLIGHT))(lambda slot: self.wait(self.out_sems, slot))
-
-    def turn(self, state):
-        """One granule more on its way in, and one on its way out once enough are."""
-        ahead, num_in, behind, num_out = state
-        can_fetch = ahead[0] < self.last
-        can_send = ~can_fetch | (num_in - num_out >= IN_FLIGHT // 2)
-        slot_in, slot_out = num_in % IN_FLIGHT, num_out % IN_FLIGHT
-
-        @pl.when(can_fetch)
-        def _fetch():
-            pl.when(num_in >= IN_FLIGHT)(lambda: self.wait(self.out_sems, slot_in))
-            pltpu.make_async_copy(self.place(*ahead), self.granules.at[slot_in], self.in_sems.at[slot_in]).start()
-
-        @pl.when(can_send)
-        def _send():
-            self.wait(self.in_sems, slot_out)
-            self.change(*behind, slot_out)
-            pltpu.make_async_copy(self.granules.at[slot_out], self.place(*behind), self.out_sems.at[slot_out]).start()
-
-        inside = lambda s: jnp.minimum(s, self.kv_lens.shape[0] - 1)
-        pick = lambda chosen, old, new: tuple(jnp.where(chosen, n, o) for o, n in zip(old, new, strict=True))
-        ahead = pick(can_fetch, ahead, self.after(inside(ahead[0]), ahead[1]))
-        behind = pick(can_send, behind, self.after(inside(behind[0]), behind[1]))
-        return ahead, num_in + can_fetch, behind, num_out + can_send
-
     def change(self, s, g, slot):
-        """Puts new tokens into a granule."""
         old_AW = self.granules[slot].astype(jnp.float32)
         token = GRANULE + self.cu_q_lens[s] + g * GRANULE - self.past_len(s)
         around = GRANULE + SUBLANES

@@ -27,9 +27,6 @@ IMPLEMENTATIONS = {"reference": "reference", "cpu": "cpu", "tpu": "tpu", "gpu": 
 # What is tried on each platform, best first; the reference is always there.
 PREFERENCE = {"cpu": ("cpu",), "tpu": ("tpu",), "gpu": ("gpu",), "cuda": ("gpu",)}
 
-# Platform -> function from (num_pages, page_size, num_kv_heads, head_dim) to the cache's shape, where it is padded.
-PADDED_SHAPES = {"tpu": tpu_plan.cache_shape, "gpu": gpu_plan.cache_shape, "cuda": gpu_plan.cache_shape}
-
 
 def ragged_paged_attention(
     q_TNH,
@@ -67,7 +64,7 @@ def ragged_paged_attention(
         soft_cap: float c: logits become c * tanh(logits / c). None for none.
         sinks_N: a logit a query head, added to the softmax's sum without a value. None for none.
         k_scale, v_scale: float or scalar: an int8 or fp8 cache holds key / k_scale. None for 1, and for an int8 cache
-            that holds a scale for each key and value beside them; see scales.py.
+            that holds a scale for each key and value; see scales.py.
         page_offset: int or int32 scalar added to every page id, for layers that share one array.
         max_q_len: int: no row has more queries than this; None when any may have all T. Known while tracing, it
             spares some implementations the part of the program that reads long chunks.
@@ -85,7 +82,8 @@ def ragged_paged_attention(
         raise ValueError(f"{N} query heads cannot share {K} kv heads evenly; check num_key_value_heads in config.json")
     if C < 2 * K:
         raise ValueError(f"a cache of {C} vectors a token cannot hold {K} keys and values; shape it by cache_shape")
-    if scales.are_in(cache_PBCH, K) and not (k_scale is None and v_scale is None):
+    has_scales = scales.are_in(cache_PBCH, K) or scales.are_behind(cache_PBCH, K)
+    if has_scales and not (k_scale is None and v_scale is None):
         raise ValueError("this cache holds a scale for each key and value; leave k_scale and v_scale out")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {implementation!r}; choose one of {sorted(IMPLEMENTATIONS)}")
@@ -113,13 +111,14 @@ def ragged_paged_attention(
 def cache_shape(num_pages, page_size, num_kv_heads, head_dim, platform, dtype=None) -> tuple[int, ...]:
     """The shape of one layer's pages on a platform: `[P, B, C, H]`, C or H padded where its kernels need it.
 
-    An int8 cache has room for scales of its own, where the platform's kernels read them: everywhere but on a TPU.
+    An int8 cache has room for scales of its own; see scales.py. On a TPU they make B larger, elsewhere C.
     """
-    padded = PADDED_SHAPES.get(platform)
+    if platform == "tpu":
+        return tpu_plan.cache_shape(num_pages, page_size, num_kv_heads, head_dim, dtype)
     shape = (num_pages, page_size, 2 * num_kv_heads, head_dim)
-    if padded is not None:
-        shape = padded(num_pages, page_size, num_kv_heads, head_dim)
-    if dtype is None or jnp.dtype(dtype) != jnp.int8 or platform == "tpu":
+    if platform in ("gpu", "cuda"):
+        shape = gpu_plan.cache_shape(num_pages, page_size, num_kv_heads, head_dim)
+    if dtype is None or jnp.dtype(dtype) != jnp.int8:
         return shape
     return (*shape[:2], shape[2] + scales.num_vectors(num_kv_heads, shape[3]), shape[3])
 

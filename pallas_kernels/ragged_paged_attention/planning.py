@@ -31,7 +31,10 @@ def check(
     cache_PBCH = array(shape, jnp.dtype(cache_dtype))
     if platform == "tpu":
         table_SM = array((num_rows, num_columns), jnp.int32)
-        return tpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, table_SM, device_kind), "a Pallas kernel for TPUs"
+        attends = "a Pallas kernel for TPUs"
+        if shape[2] > tpu_plan.padded_heads(num_kv_heads):
+            attends += "; pages of 8 bits take as much as of bfloat16, where a device has one kv head"
+        return tpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, table_SM, device_kind), attends
     refusal = gpu_plan.refusal(q_TNH, k_TKH, cache_PBCH, device_kind)
     match gpu_plan.kernel(q_TNH, k_TKH, cache_PBCH, device_kind):
         case "hopper":

@@ -77,20 +77,29 @@ def count_at_most(ends_S, x_T):
 def write(cache_PBCH, k_TKH, v_TKH, k_scale, v_scale, page_table_SM, row_T, position_T, live_T, page_offset):
     P, B, C, padded_H = cache_PBCH.shape
     T, K, H = k_TKH.shape
-    has_scales = scales.are_in(cache_PBCH, K)
+    are_in, are_behind = scales.are_in(cache_PBCH, K), scales.are_behind(cache_PBCH, K)
+    B = scales.page_size(cache_PBCH) if are_behind else B
     page_T = page_table_SM[row_T, jnp.clip(position_T // B, 0, page_table_SM.shape[1] - 1)] + page_offset
     # Past the end, hence dropped; no two alike, or a GPU would write each number by compare-and-swap.
     page_T = jnp.where(live_T, page_T, P + jnp.arange(T))
-    if has_scales:
+    scale_TC = jnp.zeros((T, 0))
+    if are_in or are_behind:
         (k_TKH, k_scale_TK), (v_TKH, v_scale_TK) = scales.rounded(k_TKH), scales.rounded(v_TKH)
         scale_TC = jnp.stack([k_scale_TK, v_scale_TK], axis=2).reshape(T, 2 * K)
     else:
         k_TKH, v_TKH = store(k_TKH, k_scale, cache_PBCH), store(v_TKH, v_scale, cache_PBCH)
     kv_TCH = jnp.stack([k_TKH, v_TKH], axis=2).reshape(T, 2 * K, H)
-    kv_TCH = jnp.pad(kv_TCH, ((0, 0), (0, 0 if has_scales else C - 2 * K), (0, padded_H - H)))
-    if has_scales:
+    kv_TCH = jnp.pad(kv_TCH, ((0, 0), (0, 0 if are_in else C - 2 * K), (0, padded_H - H)))
+    if are_in:
         kv_TCH = jnp.concatenate([kv_TCH, scales.as_vectors(scale_TC, padded_H)], axis=1)
-    return cache_PBCH.at[page_T, position_T % B].set(kv_TCH, mode="drop", unique_indices=True)
+    cache_PBCH = cache_PBCH.at[page_T, position_T % B].set(kv_TCH, mode="drop", unique_indices=True)
+    if not are_behind:
+        return cache_PBCH
+    planes_TXC = scales.as_planes(jnp.pad(scale_TC, ((0, 0), (0, C - 2 * K))))
+    first_T = B + position_T % B // scales.LANES * scales.BYTES
+    place_TX1 = first_T[:, None, None] + jnp.arange(scales.BYTES)[:, None]
+    where = page_T[:, None, None], place_TX1, jnp.arange(C), (position_T % B % scales.LANES)[:, None, None]
+    return cache_PBCH.at[where].set(planes_TXC, mode="drop", unique_indices=True)
 
 
 def store(x_TKH, scale, cache_PBCH):
@@ -107,10 +116,13 @@ def store(x_TKH, scale, cache_PBCH):
 
 def _read(cache_PBCH, page_M, kv_len, K, H, k_scale, v_scale):
     """Keys and values of one row as float32, zero past its length (pages not in use may hold anything)."""
-    kv_UCH = cache_PBCH.at[page_M].get(mode="clip").reshape(-1, *cache_PBCH.shape[2:])
+    kv_MBCH = cache_PBCH.at[page_M].get(mode="clip")
+    are_behind = scales.are_behind(cache_PBCH, K)
+    B = scales.page_size(cache_PBCH) if are_behind else cache_PBCH.shape[1]
+    kv_UCH = kv_MBCH[:, :B].reshape(-1, *cache_PBCH.shape[2:])
     live_U = jnp.arange(kv_UCH.shape[0]) < kv_len
-    if scales.are_in(cache_PBCH, K):
-        scale_UC = scales.of_tokens(kv_UCH, K)
+    if are_behind or scales.are_in(cache_PBCH, K):
+        scale_UC = scales.of_planes(kv_MBCH[:, B:], B)[:, : 2 * K] if are_behind else scales.of_tokens(kv_UCH, K)
         kv_UCH = kv_UCH[:, : 2 * K, :H].astype(jnp.float32) * scale_UC[..., None]
     kv_UCH = jnp.where(live_U[:, None, None], kv_UCH[:, : 2 * K, :H].astype(jnp.float32), 0)
     k_UKH, v_UKH = kv_UCH[:, 0::2], kv_UCH[:, 1::2]

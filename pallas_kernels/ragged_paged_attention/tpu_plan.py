@@ -16,8 +16,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-LANES = 128
-PAGE_SIZES = (16, 32, 64, 128, 256)
+from pallas_kernels.ragged_paged_attention import scales
+from pallas_kernels.ragged_paged_attention.scales import LANES, PAGE_SIZES
+
+IN_FLIGHT = 16  # pages whose scales are written at a time
 CACHE_DTYPES = ("bfloat16", "float32", "int8", "float8_e4m3fn", "float8_e5m2")
 MAX_HEAD_DIM = 256
 TABLE_BYTES = 2**20 - 32 * 1024  # of the scalar memory of one core; page table and lengths live there
@@ -42,14 +44,26 @@ class Blocks:
     compute: int
 
 
-def cache_shape(num_pages, page_size, num_kv_heads, head_dim) -> tuple[int, int, int, int]:
-    """One layer's pages on a TPU: H in whole lanes, C such that tokens lie end to end without holes."""
-    return (num_pages, page_size, padded_heads(num_kv_heads), round_up(head_dim, LANES))
+def cache_shape(num_pages, page_size, num_kv_heads, head_dim, dtype=None) -> tuple[int, int, int, int]:
+    """One layer's pages on a TPU: H in whole lanes, C such that tokens lie end to end without holes.
+
+    With int8 for a dtype, B has room for scales behind a page's tokens; see scales.py.
+    """
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    heads = padded_heads(num_kv_heads, dtype)
+    has_scales = dtype == jnp.int8 and page_size in PAGE_SIZES
+    tokens = page_size + (scales.num_planes(page_size) if has_scales else 0)
+    return (num_pages, tokens, heads, round_up(head_dim, LANES))
 
 
-def padded_heads(num_kv_heads) -> int:
-    """Key and value vectors of a token, padded to a power of two up to 16 and to 16s beyond (one bfloat16 tile)."""
+def padded_heads(num_kv_heads, dtype=None) -> int:
+    """Key and value vectors of a token, padded to a power of two up to 16 and to 16s beyond (one bfloat16 tile).
+
+    Of 8 bits they are four at least, as four share a word.
+    """
     heads = 2 * num_kv_heads
+    if dtype is not None and dtype.itemsize == 1:
+        heads = max(4, heads)
     return round_up(heads, 16) if heads > 16 else 1 << (heads - 1).bit_length()
 
 
@@ -62,7 +76,8 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None, device_kind="") -> str
     """Why the kernel cannot run these shapes and dtypes, with the nearest that it can; None when it can."""
     _, N, H = q_TNH.shape
     K = k_TKH.shape[1]
-    P, B, C, cache_H = cache_PBCH.shape
+    P, tokens, C, cache_H = cache_PBCH.shape
+    B = scales.page_size(cache_PBCH)
     if N % K:
         return f"{N} query heads cannot share {K} kv heads evenly; use {max(1, N // K) * K} query heads"
     if H > MAX_HEAD_DIM:
@@ -74,9 +89,9 @@ def refusal(q_TNH, k_TKH, cache_PBCH, page_table_SM=None, device_kind="") -> str
     if B not in PAGE_SIZES:
         nearest = min(PAGE_SIZES, key=lambda size: (abs(size - B), size))
         return f"page size {B} is not one of {PAGE_SIZES}; use {nearest}"
-    wanted = cache_shape(P, B, K, H)
+    wanted = (P, tokens, *cache_shape(P, B, K, H, cache_PBCH.dtype)[2:])
     if (C, cache_H) != wanted[2:]:
-        return f"a cache of {(P, B, C, cache_H)} was given where a TPU needs {wanted}; allocate it by cache_shape"
+        return f"a cache of {(P, tokens, C, cache_H)} was given where a TPU needs {wanted}; allocate it by cache_shape"
     if page_table_SM is not None and (reason := table_refusal(page_table_SM, B)):
         return reason
     num_columns = 2**20 if page_table_SM is None else page_table_SM.shape[1]
@@ -101,14 +116,14 @@ def table_refusal(page_table_SM, B) -> str | None:
 
 def _vmem_refusal(q_TNH, k_TKH, cache_PBCH, num_columns, device_kind) -> str | None:
     """Why the blocks by formula do not fit the vector memory, with the nearest shapes whose blocks do."""
-    (T, N, H), K, (P, B, _, _) = q_TNH.shape, k_TKH.shape[1], cache_PBCH.shape
+    (T, N, H), K, (P, tokens, _, _) = q_TNH.shape, k_TKH.shape[1], cache_PBCH.shape
     limit = vmem_limit(device_kind)
 
     def asked(kv_heads, cache_dtype):
         arrays = (
             jax.ShapeDtypeStruct((T, kv_heads * (N // K), H), q_TNH.dtype),
             jax.ShapeDtypeStruct((T, kv_heads, H), k_TKH.dtype),
-            jax.ShapeDtypeStruct(cache_shape(P, B, kv_heads, H), cache_dtype),
+            jax.ShapeDtypeStruct((P, tokens, *cache_shape(P, tokens, kv_heads, H, cache_dtype)[2:]), cache_dtype),
         )
         sizes = [blocks(*arrays, num_columns, case, device_kind) for case in ("decode", "chunk")]
         return max(vmem_bytes(size, *arrays) for size in sizes)
@@ -135,7 +150,8 @@ def blocks(q_TNH, k_TKH, cache_PBCH, num_columns, case, device_kind="") -> Block
     """Block sizes for one case ("decode" or "chunk"), tuned where the table knows the shape, else by formula."""
     T, N, _ = q_TNH.shape
     K = k_TKH.shape[1]
-    _, B, C, H = cache_PBCH.shape
+    _, _, C, H = cache_PBCH.shape
+    B = scales.page_size(cache_PBCH)
     itemsize = jnp.dtype(cache_PBCH.dtype).itemsize
     key = (device_kind, case, N // K, K, H, jnp.dtype(cache_PBCH.dtype).name)
     tuned = _tuned().get(key)
@@ -164,7 +180,12 @@ def vmem_bytes(blocks: Blocks, q_TNH, k_TKH, cache_PBCH) -> int:
     unpacked = blocks.compute * C * H * (4 if itemsize == 4 else 2)
     queries = 4 * blocks.query * round_up(N, 16) * H * q_TNH.dtype.itemsize
     softmax = K * rows * (2 * LANES * 4 + H * 4 + H * 4)
-    return pages + unpacked + queries + softmax
+    scaling = writing = 0
+    if L := cache_PBCH.shape[1] - scales.page_size(cache_PBCH):
+        planes = L * C * LANES
+        scaling = 2 * blocks.fetch // scales.page_size(cache_PBCH) * planes + 4 * C * blocks.compute
+        writing = IN_FLIGHT * (2 * planes + 4 * C * LANES)
+    return max(pages + unpacked + queries + softmax + scaling, writing)
 
 
 def heads_together(num_kv_heads, query) -> int:

@@ -36,12 +36,9 @@ class Rows:
     cu_q_lens: object
     settings: object  # window, page offset
     cache: object
+    page_size: int  # tokens
     M: int
     last: object  # rows end here
-
-    @property
-    def page_size(self):
-        return self.cache.shape[1]
 
     def q_len(self, s):
         return self.cu_q_lens[s + 1] - self.cu_q_lens[s]
@@ -139,6 +136,10 @@ class Walk(Rows):
         """Tokens that `fetch_keys` brings in."""
         begin, end, _ = self.span(s, qb, kb)
         return end - begin
+
+    def fetched(self, s, qb, kb, slot):
+        """As large parts of the buffers as `fetch_keys` fills."""
+        return [self.kv_buf.at[slot, pl.ds(0, self.num_fetched(s, qb, kb))]]
 
     def start_row(self, s):
         """What a row's first item does besides."""
@@ -285,7 +286,7 @@ class Walk(Rows):
             def _heads(i):
                 for j in range(together):
                     k = i * together + j
-                    self.fold_head(k, *self.head(k, slot, pl.multiple_of(c * U, U)), hidden_RU)
+                    self.fold_head(k, *self.head(k, slot, pl.multiple_of(c * U, U)), hidden_RU, *self.scales(k))
 
     def unpack(self, slot, offset, begin, end):
         """Makes a compute block ready for `head`; what lies outside [begin, end) may be anything, and becomes zero."""
@@ -294,6 +295,10 @@ class Walk(Rows):
     def head(self, k, slot, offset):
         """Keys and values of kv head k of a compute block: two of [U, H]."""
         raise NotImplementedError
+
+    def scales(self, k):
+        """What each key and each value of kv head k is multiplied by, two of [1, U]; None for the same for all."""
+        return None, None
 
     def hidden(self, first_position, position):
         """Which keys of a compute block which query rows must not see."""
@@ -305,13 +310,15 @@ class Walk(Rows):
         hidden_RU = key_RU > query_RU
         return hidden_RU | (key_RU <= query_RU - self.settings[0]) if self.has_window else hidden_RU
 
-    def fold_head(self, k, k_UH, v_UH, hidden_RU):
+    def fold_head(self, k, k_UH, v_UH, hidden_RU, k_scale_1U, v_scale_1U):
         dot = functools.partial(
             lax.dot_general,
             preferred_element_type=jnp.float32,
             precision=lax.Precision.HIGHEST if self.operand == jnp.float32 else None,
         )
         logits_RU = dot(self.q_rows[k], k_UH, (((1,), (1,)), ((), ()))) * (self.scale * self.numbers[0])
+        if k_scale_1U is not None:
+            logits_RU *= k_scale_1U
         if self.soft_cap is not None:
             logits_RU = self.soft_cap * jnp.tanh(logits_RU / self.soft_cap)
         logits_RU = jnp.where(hidden_RU, MASKED, logits_RU)
@@ -321,6 +328,8 @@ class Walk(Rows):
         probs_RU = jnp.exp(logits_RU - _across_lanes(new_top_RL, logits_RU.shape[1]))
         self.top[k] = new_top_RL
         self.total[k] = self.total[k] * decay_RL + probs_RU.sum(axis=1, keepdims=True)
+        if v_scale_1U is not None:
+            probs_RU *= v_scale_1U
         value_RH = dot(probs_RU.astype(self.operand), v_UH, (((1,), (0,)), ((), ())))
         self.acc[k] = self.acc[k] * _across_lanes(decay_RL, value_RH.shape[1]) + value_RH
 
@@ -336,8 +345,8 @@ def page_id(walk, s, p):
 
 def wait_keys(walk, s, qb, kb, slot):
     """Waits until all of an item's keys and values are in; a semaphore counts bytes, so one wait serves all copies."""
-    tokens = walk.kv_buf.at[slot, pl.ds(0, walk.num_fetched(s, qb, kb))]
-    pltpu.make_async_copy(tokens, tokens, walk.kv_sems.at[slot]).wait()
+    for part in walk.fetched(s, qb, kb, slot):
+        pltpu.make_async_copy(part, part, walk.kv_sems.at[slot]).wait()
 
 
 def _to_rows(x_TGH, rows):

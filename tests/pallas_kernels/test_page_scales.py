@@ -18,16 +18,16 @@ MIXED = [(130, 1), (5, 1), (60, 70), (0, 64), (63, 2)]
 attend = functools.partial(ragged_paged_attention, scale=0.25)
 
 
-def a_batch(rows, dtype=jnp.int8, **options):
+def a_batch(rows, dtype=jnp.int8, platform="cpu", **options):
     """A batch whose cache is empty and of eight bits; the histories are the rows' keys and values, unrounded."""
     batch = ragged_batch.batch(rows, N=6, K=2, H=32, **options)
-    batch.cache_PBCH = jnp.zeros(cache_shape(*batch.cache_PBCH.shape[:2], 2, 32, "cpu", dtype), dtype)
+    batch.cache_PBCH = jnp.zeros(cache_shape(*batch.cache_PBCH.shape[:2], 2, 32, platform, dtype), dtype)
     return batch
 
 
-def from_nothing(rows, seed=0, dtype=jnp.int8, implementation="reference"):
+def from_nothing(rows, seed=0, dtype=jnp.int8, implementation="reference", **options):
     """(outputs of the rows' new tokens, the dense float64 answer) after the rows' pasts were written by a step."""
-    batch = a_batch(rows, dtype, seed=seed)
+    batch = a_batch(rows, dtype, seed=seed, **options)
     past = [(0, before) for before, _ in rows]
     q, k, v, cache, lens, table, cu, counts = batch.args
     old_k, old_v = (
@@ -73,15 +73,41 @@ def test_scales_come_back_out_of_the_cache_as_they_went_in(num_kv_heads, width, 
     np.testing.assert_array_equal(scales.of_tokens(kv_TCW, num_kv_heads), scale_TC)
 
 
-def test_a_tpus_pages_have_no_room_for_scales():
-    for heads in (1, 2, 3, 4, 8, 24):
-        assert not scales.are_in(jnp.zeros(cache_shape(1, 16, heads, 64, "tpu", jnp.int8), jnp.int8), heads)
+@pytest.mark.parametrize("page_size", scales.PAGE_SIZES)
+@pytest.mark.parametrize("heads, width", [(1, 64), (3, 64), (8, 128), (24, 256)])
+def test_a_tpus_pages_hold_scales_behind_their_tokens(heads, width, page_size):
+    """Four planes for 128 tokens, so that no vectors are padded for them."""
+    pages = jnp.zeros(cache_shape(2, page_size, heads, width, "tpu", jnp.int8), jnp.int8)
+    assert scales.are_behind(pages, heads) and not scales.are_in(pages, heads)
+    assert scales.page_size(pages) == page_size
+    _, tokens, C, W = pages.shape
+    assert tokens == page_size + 4 * -(-page_size // 128)
+    scale_MBC = np.random.default_rng(0).standard_normal((2, page_size, C)).astype(np.float32)
+    planes = np.full((2, tokens - page_size, C, W), -1, np.int8)
+    for token in range(page_size):
+        bytes_MXC = np.asarray(scales.as_planes(jnp.asarray(scale_MBC[:, token])))
+        planes[:, token // 128 * 4 : token // 128 * 4 + 4, :, token % 128] = bytes_MXC
+    found = scales.of_planes(jnp.asarray(planes), page_size)
+    np.testing.assert_array_equal(found, scale_MBC.reshape(-1, C))
+
+
+def test_other_pages_hold_none_behind_their_tokens():
+    for shape, dtype in [((2, 16, 4, 128), jnp.int8), ((2, 20, 4, 128), jnp.float8_e5m2), ((2, 20, 5, 128), jnp.int8)]:
+        assert not scales.are_behind(jnp.zeros(shape, dtype), 2)
+    assert cache_shape(2, 16, 2, 64, "tpu", jnp.float8_e5m2) == cache_shape(2, 16, 2, 64, "tpu") == (2, 16, 4, 128)
 
 
 @pytest.mark.parametrize("implementation", ["reference", pytest.param("cpu", marks=needs_cpu_kernels)])
 @pytest.mark.parametrize("rows", [[(0, 7)], [(4, 1)], MIXED], ids=str)
 def test_int8_pages_come_close_to_dense_attention(rows, implementation):
     out, _, expected = from_nothing(rows, implementation=implementation)
+    np.testing.assert_allclose(out[: len(expected)], expected, atol=0.03)
+
+
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_int8_pages_of_a_tpu_come_close_to_dense_attention(page_size):
+    out, cache, expected = from_nothing(MIXED, platform="tpu", page_size=page_size)
+    assert scales.are_behind(cache, 2)
     np.testing.assert_allclose(out[: len(expected)], expected, atol=0.03)
 
 

@@ -14,6 +14,7 @@ from tpu_interpreter import assert_same, compiled
 
 from pallas_kernels.ragged_paged_attention import reference, tpu, tpu_plan
 
+scaled_shape = functools.partial(tpu.cache_shape, dtype="int8")  # of pages with a scale for each key and value
 SHAPES = {dtype: Shape(dtype=dtype, cache_dtype=dtype) for dtype in ("float32", "bfloat16")}
 in_both_dtypes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 SINKS = np.array((0.5, -1.0, 4.0, 0.0), np.float32)
@@ -98,6 +99,35 @@ def test_matches_reference_in_every_flavour(shape, options, subtests):
         with subtests.test(rows=rows):
             args = kernel_batch.batch(shape, rows, tpu.cache_shape, seed=seed)
             assert_same(compiled()(*args, **options), args, **options)
+
+
+SCALED = Shape(dtype="bfloat16", cache_dtype="int8", kv_heads=3, group=3, head_dim=64)
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything at once"])
+def test_matches_reference_with_a_scale_for_each_key_and_value(everything, subtests):
+    batches = [(MIXED, 0), (ROWS["empty rows between"], 0), (kernel_batch.SHARING, 2)]
+    for seed, (rows, share) in enumerate([*batches, (kernel_batch.random_rows(SCALED, 1), 0)]):
+        with subtests.test(rows=rows):
+            args = kernel_batch.batch(SCALED, rows, scaled_shape, seed=seed, share=share)
+            args, offset = kernel_batch.with_another_layer(args)
+            options = dict(page_offset=offset)
+            if everything:
+                options |= dict(window=jnp.int32([33, 9, 16, 17][seed]), sinks_N=np.tile(SINKS, 3)[:9])
+            soft_cap = 3.0 if everything else None
+            assert_same(compiled(soft_cap=soft_cap)(*args, **options), args, soft_cap=soft_cap, **options)
+
+
+# Rows of a page and more: two pages a fetch, and one whose scales fill two rows of lanes, folded by halves.
+@pytest.mark.parametrize("page_size, head_dim", [(128, 128), (256, 256)])
+def test_scales_of_large_pages(page_size, head_dim):
+    shape = Shape(
+        page_size=page_size, num_columns=2, num_pages=8, kv_heads=1, head_dim=head_dim, dtype="bfloat16",
+        cache_dtype="int8", num_rows=4, num_tokens=176,
+    )  # fmt: skip
+    args = kernel_batch.batch(shape, [(257 - 128 * (page_size == 128), 1), (0, 0), (170, 150)], scaled_shape)
+    sizes = {f"{case}_blocks": tpu_plan.Blocks(query, 256, 128) for case, query in [("decode", 1), ("chunk", 16)]}
+    assert_same(compiled(**sizes)(*args), args)
 
 
 # A page a fetch, folded by halves or more: (page size, dtype, rows).
@@ -190,6 +220,8 @@ def test_refuses_a_page_table_over_scalar_memory():
 @pytest.mark.parametrize("kv_heads, width", [(1, 2), (3, 8), (8, 16), (10, 32), (20, 48)])
 def test_cache_shape_keeps_tokens_end_to_end(kv_heads, width):
     assert tpu.cache_shape(7, 16, kv_heads, 80) == (7, 16, width, 128)
+    assert tpu.cache_shape(7, 16, kv_heads, 80, "float8_e5m2") == (7, 16, max(4, width), 128)
+    assert tpu.cache_shape(7, 16, kv_heads, 80, "int8") == (7, 20, max(4, width), 128)
 
 
 def test_tuned_blocks_override_the_formula():

@@ -30,6 +30,9 @@ CASES = {
     "one of eight chips": dict(N=4, K=1, H=128, B=128, dtype="bfloat16", T=64),
     "odd heads, small pages": dict(N=9, K=3, H=64, B=16, dtype="bfloat16", T=64),
     "int8 pages": dict(LLAMA_3_8B, dtype="int8", T=64),
+    "int8 pages, odd heads": dict(N=9, K=3, H=64, B=16, dtype="int8", T=64),
+    "int8 pages, large": dict(N=8, K=4, H=256, B=256, dtype="int8", T=512),
+    "fp8 pages, one of eight chips": dict(N=4, K=1, H=128, B=128, dtype="float8_e4m3fn", T=64),
     "fp8 pages": dict(LLAMA_3_8B, dtype="float8_e4m3fn", T=64),
     "window, soft cap, sinks, large pages": dict(LLAMA_3_8B, B=256, T=512),
 }
@@ -42,7 +45,7 @@ def shapes(N, K, H, B, dtype, T, P=256, S=64, M=32):
     array = jax.ShapeDtypeStruct
     return [
         *(array((T, heads, H), jnp.bfloat16) for heads in (N, K, K)),
-        array(cache_shape(P, B, K, H, "tpu"), jnp.dtype(dtype)),
+        array(cache_shape(P, B, K, H, "tpu", dtype), jnp.dtype(dtype)),
         *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]),
     ]
 
@@ -58,6 +61,7 @@ def test_attention_compiles_and_writes_pages_in_place(chip, name):
     memory = executable.memory_analysis()
     assert "tpu_custom_call" in executable.as_text()
     assert memory.alias_size_in_bytes >= pages_bytes
+    assert whole_step.large_copies(executable.as_text(), pages_bytes) == []
     assert memory.temp_size_in_bytes < 2**20 + 4 * case["T"] * 32 * 256
 
 

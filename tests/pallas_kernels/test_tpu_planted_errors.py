@@ -1,6 +1,7 @@
 """Errors planted into the TPU kernel of ragged paged attention are noticed."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import kernel_batch
@@ -12,7 +13,7 @@ from planted_error import what_notices
 
 from pallas_kernels.ragged_paged_attention import tpu, tpu_walk
 
-_Walk = tpu._Walk
+_Walk, _ScaleWriter = tpu._Walk, tpu._ScaleWriter
 changed = dataclasses.replace
 
 
@@ -77,10 +78,25 @@ def walk_all_rows(blocks, first, last, walk_case=tpu._walk_case, **kwargs):
     walk_case(blocks, first, jnp.int32(kwargs["kv_lens"].shape[0]) if is_chunk else last, **kwargs)
 
 
+def scaled_from(by):
+    """Scales of kv heads that are so many heads further."""
+    return lambda walk, k, scales=_Walk.scales: scales(walk, (k + by) % walk.K)
+
+
+def forget_scales(walk, s, g, slot, change=_ScaleWriter.change):
+    walk.granules[slot] = jnp.zeros_like(walk.granules[slot])
+    change(walk, s, g, slot)
+
+
 FLOAT32 = Shape()
-BFLOAT16, INT8 = (Shape(dtype="bfloat16", cache_dtype=dtype, kv_heads=1) for dtype in ("bfloat16", "int8"))
+BFLOAT16, FP8 = (Shape(dtype="bfloat16", cache_dtype=dtype, kv_heads=1) for dtype in ("bfloat16", "float8_e4m3fn"))
+INT8 = Shape(dtype="bfloat16", cache_dtype="int8")
 SCALES = {"k_scale": np.float32(0.05), "v_scale": np.float32(0.03)}
-lone = lambda shape, rows=MIXED, share=0: kernel_batch.batch(shape, rows, tpu.cache_shape, share=share)
+
+
+def lone(shape, rows=MIXED, share=0):
+    cache_shape = functools.partial(tpu.cache_shape, dtype=shape.cache_dtype)
+    return kernel_batch.batch(shape, rows, cache_shape, share=share)
 
 
 def everything():
@@ -94,7 +110,8 @@ BATCHES = {
     "bfloat16": lambda: (lone(BFLOAT16), {}),
     "shared": lambda: (lone(BFLOAT16, SHARING, share=2), {}),
     "fewer rows": lambda: (kernel_batch.with_fewer_rows(lone(BFLOAT16), 3), {}),
-    "int8": lambda: (lone(INT8), SCALES),
+    "fp8": lambda: (lone(FP8), SCALES),
+    "int8": lambda: (lone(INT8, SHARING, share=2), {}),
     "everything": everything,
 }
 
@@ -156,15 +173,47 @@ ERRORS = {
         lambda walk, slot, lay_out=_Walk.lay_out_queries: lay_out(changed(walk, sinks=AHeadFurther(walk.sinks)), slot),
         DIFFERS,
     ),
-    "keys are not scaled": ("int8", _Walk, "fold_head", with_scales(_Walk.fold_head, [None, 1]), DIFFERS),
+    "keys are not scaled": ("fp8", _Walk, "fold_head", with_scales(_Walk.fold_head, [None, 1]), DIFFERS),
     "values are not scaled": (
-        "int8",
+        "fp8",
         _Walk,
         "lay_out_answers",
         with_scales(_Walk.lay_out_answers, [0, None]),
         DIFFERS,
     ),
-    "scales are swapped": ("int8", _Walk, "run", with_scales(_Walk.run, [1, 0]), DIFFERS),
+    "scales are swapped": ("fp8", _Walk, "run", with_scales(_Walk.run, [1, 0]), DIFFERS),
+    "scales are of the head beside": ("int8", _Walk, "scales", scaled_from(1), DIFFERS),
+    "a stale scale is not blanked": (
+        "int8",
+        _Walk,
+        "lay_out_scales",
+        lambda walk, slot, offset, begin, end, lay_out=_Walk.lay_out_scales: lay_out(
+            walk, slot, offset, 0, walk.blocks.compute
+        ),
+        DIFFERS,
+    ),
+    "scales are of the token beside": (
+        "int8",
+        _ScaleWriter,
+        "first_token",
+        lambda walk, s, g, first=_ScaleWriter.first_token: first(walk, s, g) + 1,
+        DIFFERS,
+    ),
+    "what scales a page held is lost": ("int8", _ScaleWriter, "change", forget_scales, DIFFERS),
+    "nobody waits for scales on their way out": (
+        "int8",
+        _ScaleWriter,
+        "wait",
+        lambda walk, sems, slot, wait=_ScaleWriter.wait: None if sems is walk.out_sems else wait(walk, sems, slot),
+        RACES,
+    ),
+    "nobody waits for scales of pages": (
+        "int8",
+        _Walk,
+        "fetched",
+        lambda walk, *args, fetched=_Walk.fetched: fetched(walk, *args)[:1],
+        RACES,
+    ),
     "a row's page is written past its end": ("bfloat16", _Walk, "write_pages", write_past_the_end, RACES),
     "padding is answered": ("bfloat16", _Walk, "send_answers", send_past_the_end, RACES),
     "rows past the count are written": ("fewer rows", tpu, "_walk_case", walk_all_rows, DIFFERS),

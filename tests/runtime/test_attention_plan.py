@@ -3,12 +3,14 @@
 import re
 import types
 
+import numpy as np
 import pytest
 import tiny
 
 from converters.families import family_of
 from converters.fields import Fields
 from pallas_kernels.ragged_paged_attention import planning, tpu_plan
+from runtime import preparation
 from runtime.config import EngineConfig, Memory, settle
 from runtime.errors import ConfigError
 from runtime.machine import Machine
@@ -32,6 +34,7 @@ def planned(platform, hf=None, **wishes):
     "platform, hf, wishes, says",
     [
         ("tpu", {}, {"block_size": 48}, r"page size 48 is not one of .*; use 32"),
+        ("tpu", {}, {"block_size": 48, "kv_cache_dtype": "int8"}, r"page size 48 is not one of .*; use 32"),
         ("gpu", {}, {"block_size": 8}, r"page size 8 is not one of .*; use 16"),
         ("tpu", {"head_dim": 320}, {}, r"head_dim 320 is over the TPU kernel's 256, .* use a GPU or a CPU"),
         ("tpu", {}, {"kv_cache_dtype": "float16"}, r"pages of float16 .* use bfloat16"),
@@ -46,6 +49,30 @@ def planned(platform, hf=None, **wishes):
 def test_refused_with_a_choice_that_works(platform, hf, wishes, says):
     with pytest.raises(ConfigError, match=f"attention on {KINDS[platform]}: .*{says}"):
         planned(platform, hf, **wishes)
+
+
+# A byte an element; of int8 and float32 scales for 128 tokens as much as 4 tokens; heads of 16 are padded to 128.
+@pytest.mark.parametrize(
+    "kv_cache_dtype, kv_heads, wishes, page_bytes",
+    [
+        ("fp8", 2, {}, 128 * 4 * 128),
+        ("int8", 2, {}, 132 * 4 * 128),
+        ("int8", 3, {}, 132 * 8 * 128),
+        ("int8", 2, {"block_size": 16}, 20 * 4 * 128),
+        ("int8", 2, {"block_size": 256}, 264 * 4 * 128),
+        ("int8", 1, {}, 132 * 4 * 128),  # four of 8 bits share a word
+    ],
+)
+def test_a_tpu_plans_for_scales_in_pages(monkeypatch, kv_cache_dtype, kv_heads, wishes, page_bytes):
+    monkeypatch.setattr(preparation, "programs_for", lambda *args: {})  # which would want a real device
+    hf = {"num_attention_heads": 6, "num_key_value_heads": kv_heads, "head_dim": 16}
+    prepared = planned("tpu", hf, kv_cache_dtype=kv_cache_dtype, **wishes)
+    layers = prepared.checkpoint.config.num_layers
+    assert prepared.plan.page_bytes == layers * page_bytes
+    (pages,) = prepared.caches
+    assert np.prod(pages.shape) == prepared.plan.num_pages * prepared.plan.page_bytes
+    attends = {name: why for name, _, why in prepared.plan.reasons}["attention"]
+    assert ("as much as of bfloat16" in attends) == (kv_heads == 1)
 
 
 @pytest.mark.parametrize(

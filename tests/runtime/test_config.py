@@ -104,12 +104,6 @@ def test_what_cannot_be_is_refused_with_its_numbers(changes, wishes, message):
         plan(changes=changes, **wishes)
 
 
-def test_a_tpu_refuses_pages_with_scales():
-    with pytest.raises(ConfigError, match="as much memory as bfloat16's: .*; use fp8"):
-        plan("tpu", kv_cache_dtype="int8")
-    assert plan("tpu", {"memory": Memory(16 * GIB, 16 * GIB)}, kv_cache_dtype="fp8").kv_dtype == "float8_e4m3fn"
-
-
 def test_a_longer_length_than_the_checkpoint_can_be_insisted_on(monkeypatch):
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     assert plan(max_model_len=5000).max_model_len == 5000

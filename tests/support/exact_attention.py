@@ -138,7 +138,12 @@ def assert_same(got, expected, args, *, rounded, padding, times=2, page_offset=0
     if not num_tokens:
         return
     K = k_TKH.shape[1]
-    factors = _scales_of(cache, K) if scales.are_in(given_cache, K) else np.array([k_scale, v_scale] * K, np.float64)
+    factors = np.array([k_scale, v_scale] * K, np.float64)
+    if scales.are_in(given_cache, K):
+        factors = _scales_of(cache, K)
+    elif scales.are_behind(given_cache, K):
+        B = scales.page_size(given_cache)
+        cache, factors = cache[:, :B], _scales_behind(cache, B)[..., : 2 * K]
     rows = _rows_of(q_TNH, cache, lens, table + page_offset, cu, counts, factors)
     assert_answers(out[:num_tokens], expected_out[:num_tokens], rows, rounded=rounded, times=times, **options)
 
@@ -164,6 +169,14 @@ def _scales_of(cache_PBCH, num_kv_heads):
     P, B, _, _ = cache_PBCH.shape
     vectors = cache_PBCH[:, :, 2 * num_kv_heads :].astype(np.int8).reshape(P, B, -1)
     return vectors.view(np.float32)[..., : 2 * num_kv_heads].astype(np.float64)
+
+
+def _scales_behind(cache_PBCH, page_size):
+    """The scales that a TPU's int8 pages hold: [P, B, C]."""
+    planes = cache_PBCH[:, page_size:, :, :128].astype(np.int8)
+    P, L, C, _ = planes.shape
+    planes = planes.reshape(P, L // 4, 4, C, 128).transpose(0, 1, 4, 3, 2)
+    return np.ascontiguousarray(planes).view(np.float32).reshape(P, -1, C)[:, :page_size].astype(np.float64)
 
 
 def _rows_of(q_TNH, cache_PBCH, kv_lens_S, page_table_SM, cu_q_lens_S1, counts_2, factors):

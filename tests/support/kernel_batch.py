@@ -6,6 +6,7 @@ value), and table entries past a row's last page point outside the pool.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -72,13 +73,9 @@ def batch(shape: Shape, rows, cache_shape, *, seed=0, share=0):
     for s, (length, new) in enumerate(rows):
         for position in range(length - new):
             used[table_SM[s, position // B], position % B] = True
-    cache[~used] = 127 if shape.cache_dtype == "int8" else np.nan
-    if cache.shape[2] > 2 * K and shape.cache_dtype == "int8":
-        scale = rng.uniform(0.02, 0.06, (shape.num_pages * B, 2 * K)).astype(np.float32)
-        cache[:, :, 2 * K :] = np.asarray(scales.as_vectors(jnp.asarray(scale), cache.shape[3])).reshape(
-            *cache.shape[:2], -1, cache.shape[3]
-        )
-        cache[~used, 2 * K :] = -1  # which are the bytes of a NaN
+    cache[:, :B][~used] = 127 if shape.cache_dtype == "int8" else np.nan
+    if shape.cache_dtype == "int8":
+        _fill_scales(cache, used, K, rng)
     lengths_S = np.zeros(shape.num_rows, np.int32)
     lengths_S[: len(rows)] = [length for length, _ in rows]
     new_S = np.zeros(shape.num_rows, np.int32)
@@ -96,6 +93,26 @@ def batch(shape: Shape, rows, cache_shape, *, seed=0, share=0):
         jnp.asarray(np.concatenate([[0], np.cumsum(new_S)]), jnp.int32),
         jnp.asarray([num_decode, len(rows)], jnp.int32),
     )
+
+
+def _fill_scales(cache, used, K, rng):
+    """Random scales of used tokens where the cache holds such; of others the bytes of a NaN."""
+    (P, B), C, width = used.shape, cache.shape[2], cache.shape[3]
+    array = jax.ShapeDtypeStruct(cache.shape, jnp.int8)
+    are_in, are_behind = scales.are_in(array, K), scales.are_behind(array, K)
+    if not are_in and not are_behind:
+        return
+    scale = rng.uniform(0.02, 0.06, (P * B, 2 * K)).astype(np.float32)
+    if are_in:
+        cache[:, :, 2 * K :] = np.asarray(scales.as_vectors(jnp.asarray(scale), width)).reshape(P, B, -1, width)
+        cache[~used, 2 * K :] = -1
+        return
+    cache[:, B:] = -1
+    for page, token in np.argwhere(used):
+        number = np.zeros(C, np.float32)
+        number[: 2 * K] = scale[page * B + token]
+        plane = B + 4 * (token // 128)
+        cache[page, plane : plane + 4, :, token % 128] = number.view(np.int8).reshape(C, 4).T
 
 
 def _table(shape, rows, rng, share):
@@ -137,7 +154,8 @@ def random_rows(shape: Shape, seed):
 def with_another_layer(args):
     """The batch with its pages behind those of a layer that nobody may read, and the offset of its own."""
     q, k, v, cache, *rest = args
-    return (q, k, v, jnp.concatenate([jnp.full_like(cache, jnp.nan), cache]), *rest), jnp.int32(len(cache))
+    other = jnp.full_like(cache, -1 if cache.dtype == jnp.int8 else jnp.nan)  # of a scale the bytes of a NaN
+    return (q, k, v, jnp.concatenate([other, cache]), *rest), jnp.int32(len(cache))
 
 
 def with_fewer_rows(args, num_rows):

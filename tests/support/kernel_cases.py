@@ -140,9 +140,9 @@ class Attention(Rows):
         return ragged_paged_attention.cache_shape(num_pages, self.B, self.K, self.H, platform, self.dtype)
 
     def cache_bytes(self, platform):
-        """Of all rows' keys and values, as the platform pads them."""
-        _, _, C, H = self.cache_shape(1, platform)
-        return self.rows * self.length * C * H * jnp.dtype(self.dtype).itemsize
+        """Of all rows' keys and values, and a page's part of its scales, as the platform pads them."""
+        _, tokens, C, H = self.cache_shape(1, platform)
+        return self.rows * self.length * tokens / self.B * C * H * jnp.dtype(self.dtype).itemsize
 
     def bytes(self, platform):
         """Each key and value once, the new ones once more into their pages, queries in and answers out."""
@@ -165,6 +165,10 @@ class Attention(Rows):
         if scales.are_in(pages, self.K):
             vectors = scales.as_vectors(jnp.full((1, 2 * self.K), 0.01), pages.shape[3])
             pages = pages.at[:, :, 2 * self.K :].set(vectors[0])
+        if scales.are_behind(pages, self.K):
+            (planes,) = scales.as_planes(jnp.full((1, pages.shape[2]), 0.01))
+            L = pages.shape[1] - self.B
+            pages = pages.at[:, self.B :].set(jnp.tile(planes[..., None], (L // scales.BYTES, 1, pages.shape[3])))
         return [*tokens, pages, *self.batch()]
 
 
@@ -382,6 +386,7 @@ ATTENTION = {
     "8B decode fp8, 64 x 8k": Attention(64, 8192, 1, dtype="float8_e4m3fn"),
     "8B chunk, 4 x 512 of 2k": Attention(4, 2048, 512),
     "8B chunk, 1 x 1k of 8k": Attention(1, 8192, 1024),
+    "8B chunk int8, 1 x 1k of 8k": Attention(1, 8192, 1024, dtype="int8"),
     "8B chunk fp8, 1 x 1k of 8k": Attention(1, 8192, 1024, dtype="float8_e4m3fn"),
     "8B on one of 8 chips, decode": Attention(64, 2048, 1, N=4, K=1),
     "8B on one of 8 chips, chunk": Attention(1, 8192, 1024, N=4, K=1),
@@ -389,7 +394,9 @@ ATTENTION = {
     "heads of 64, chunk": Attention(4, 2048, 512, H=64),
     "heads of 256, decode": Attention(64, 2048, 1, N=16, K=8, H=256),
     "heads of 256, chunk": Attention(4, 2048, 512, N=16, K=8, H=256),
+    "heads of 64 int8, decode": Attention(64, 2048, 1, H=64, dtype="int8"),
     "heads of 64 fp8, decode": Attention(64, 2048, 1, H=64, dtype="float8_e4m3fn"),
+    "heads of 256 int8, decode": Attention(64, 2048, 1, N=16, K=8, H=256, dtype="int8"),
     "heads of 256 fp8, decode": Attention(64, 2048, 1, N=16, K=8, H=256, dtype="float8_e4m3fn"),
 }
 OTHERS = {
