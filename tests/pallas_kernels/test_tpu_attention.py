@@ -95,9 +95,12 @@ CONFIGS = {
 
 @pytest.mark.parametrize("shape, options", CONFIGS.values(), ids=CONFIGS)
 def test_matches_reference_in_every_flavour(shape, options, subtests):
+    # int8 pages that are shaped by their dtype have scales of their own: see the test below.
+    dtype = None if shape.cache_dtype == "int8" else shape.cache_dtype
+    pages = functools.partial(tpu.cache_shape, dtype=dtype)
     for seed, rows in enumerate([MIXED, kernel_batch.random_rows(shape, 1)]):
         with subtests.test(rows=rows):
-            args = kernel_batch.batch(shape, rows, tpu.cache_shape, seed=seed)
+            args = kernel_batch.batch(shape, rows, pages, seed=seed)
             assert_same(compiled()(*args, **options), args, **options)
 
 
