@@ -24,9 +24,9 @@ os.environ.setdefault("NPROC", str(max(4, os.cpu_count() or 1)))
 # the end while the others are idle.
 LONGEST = """
     test_mesh test_cpu_kinds test_several_hosts test_tpu_attention test_tpu_planted_errors test_gpu_attention
-    test_gpu_planted_errors test_tpu_compile test_speculation test_engine test_windows test_quantised_engines
-    test_choose test_examples test_random_requests test_quantise test_replicas test_formats test_packaging
-    test_kept_weights test_starts_at_once test_steps
+    test_gpu_planted_errors test_gpu_triton test_tpu_compile test_speculation test_engine test_windows
+    test_quantised_engines test_choose test_examples test_random_requests test_quantise test_replicas test_formats
+    test_packaging test_kept_weights test_starts_at_once test_steps test_grouped_matmul
 """.split()
 
 
