@@ -45,6 +45,7 @@ def test_random_requests_succeed_and_seeded_ones_repeat(server, count):
             alone = {i: await ask(client, one.flipped()) for i, one in enumerate(drawn) if one.is_seeded}
             return crowd, alone
 
+    before = server.engine.engine.num_recompiles  # of a server that other tests of this process share
     crowd, alone = asyncio.run(run())
     failed = {i: (answer, drawn[i].body) for i, answer in enumerate(crowd) if isinstance(answer, str)}
     assert not failed, f"{len(failed)} of {count} failed; the first: {next(iter(failed.items()))}"
@@ -54,7 +55,7 @@ def test_random_requests_succeed_and_seeded_ones_repeat(server, count):
     engine = server.engine.engine
     server.wait_for(lambda: not engine.has_work and server.engine.num_in_flight == 0)
     assert engine.scheduler.pool.num_used == 0
-    assert engine.num_recompiles == 0
+    assert engine.num_recompiles == before
 
 
 async def ask(client, one: Drawn) -> dict | str:
