@@ -34,6 +34,10 @@ def refusal(rows_dtype, kernel_GOI, scale_GOJ=None) -> str | None:
     (O, I), dtype = kernel_GOI.shape[1:], kernel_GOI.dtype
     if O % OUTPUTS[-1]:
         return f"{O} outputs are not whole blocks of {OUTPUTS[-1]}"
+    num_bytes = kernel_GOI.size // (2 if dtype == jnp.int4 else 1)
+    if dtype.itemsize == 1 and 2**31 < num_bytes <= 2**32:
+        # Triton's offsets are int32 up to 4 GiB, which for bytes is more than they hold.
+        return f"kernels of {num_bytes} bytes are between 2 and 4 GiB"
     if dtype == jnp.int4:
         if rows_dtype not in (jnp.bfloat16, jnp.float16):
             return f"rows of {rows_dtype}; with int4 kernels it takes bfloat16 or float16"
@@ -51,11 +55,11 @@ def multiply(
 ):  # fmt: skip
     """See `pallas_kernels.grouped_matmul`; first is the number of expert 0's kernel. Padding rows hold anything."""
     (T, I), (_, O, _) = x_TI.shape, kernel_GOI.shape
-    tiles_N3 = _tiles(group_sizes_E, first, T, FEW_ROWS if T <= FEW_ROWS * len(group_sizes_E) else ROWS)
-    outputs = next(size for size in OUTPUTS if O % size == 0)
     rows = FEW_ROWS if T <= FEW_ROWS * len(group_sizes_E) else ROWS
+    tiles_N3 = _tiles(group_sizes_E, first, T, rows)
+    outputs = next(size for size in OUTPUTS if O % size == 0)
     if scale_GOJ is not None:
-        inputs, block = [*_pairs(x_TI), _packed(kernel_GOI), scale_GOJ, offset_GOJ], 32
+        inputs, block = [*_pairs(x_TI), _packed(kernel_GOI), scale_GOJ, offset_GOJ], 16 if I % 64 else 32
         pairs_of_group = I // scale_GOJ.shape[-1] // 2
     else:
         inputs = [x_TI, kernel_GOI]

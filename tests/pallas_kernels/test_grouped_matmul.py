@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import grouped_matmul as module
 from pallas_kernels import panels
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul, triton
 from pallas_kernels.rotation import rotate_rows
 from runtime.quantise import to_int4, to_int8
 
@@ -158,6 +159,22 @@ def test_int4_in_tiles_of_many_rows(implementation):
     found = grouped_matmul(*args, **options, implementation=implementation)
     error = np.abs(np.asarray(found) - expected)
     assert (error <= 2**-8 * terms).all() and (error > 2**-14 * terms).any()
+
+
+def test_int4_of_an_odd_number_of_groups():
+    args, options, expected, terms = int4_batch([3, 0, 9, 1], inputs=96)
+    found = grouped_matmul(*args, **options, implementation="triton")
+    assert (np.abs(np.asarray(found) - expected) <= INT4["triton"] * terms).all()
+
+
+def test_bytes_past_the_reach_of_tritons_offsets_are_refused():
+    """Up to 4 GiB its offsets are int32."""
+    for dtype, each in ((jnp.int8, 2**20), (jnp.int4, 2**21)):
+        kernels = [jax.ShapeDtypeStruct((n, 1024, each // 1024), dtype) for n in (2**11, 2**11 + 1, 2**12 + 1)]
+        scale = jax.ShapeDtypeStruct((1, 1024, each // 1024 // 32), jnp.float32)
+        rows_dtype = jnp.int8 if dtype == jnp.int8 else jnp.bfloat16
+        refused = [triton.refusal(jnp.dtype(rows_dtype), kernel, scale) for kernel in kernels]
+        assert [reason is None for reason in refused] == [True, False, True]
 
 
 @pytest.mark.parametrize("implementation", INT4)
