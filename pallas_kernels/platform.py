@@ -26,3 +26,8 @@ def is_hopper(device_kind: str) -> bool:
 def has_triton(device_kind: str) -> bool:
     """Whether a GPU of this kind runs Triton kernels on bfloat16: NVIDIA's since Ampere; before, Tesla."""
     return device_kind.startswith("NVIDIA")
+
+
+def is_past_tritons_offsets(num_bytes: int) -> bool:
+    """Whether Triton would miss places in an array of one-byte numbers: its offsets are int32 up to 4 GiB."""
+    return 2**31 < num_bytes <= 2**32

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.grouped_matmul.xla import experts_of, in_steps
+from pallas_kernels.platform import is_past_tritons_offsets
 
 ROWS, FEW_ROWS = 64, 16  # of a tile
 OUTPUTS = (128, 64, 32, 16)  # of a tile: the first that divides a kernel's
@@ -35,8 +36,7 @@ def refusal(rows_dtype, kernel_GOI, scale_GOJ=None) -> str | None:
     if O % OUTPUTS[-1]:
         return f"{O} outputs are not whole blocks of {OUTPUTS[-1]}"
     num_bytes = kernel_GOI.size // (2 if dtype == jnp.int4 else 1)
-    if dtype.itemsize == 1 and 2**31 < num_bytes <= 2**32:
-        # Triton's offsets are int32 up to 4 GiB, which for bytes is more than they hold.
+    if dtype.itemsize == 1 and is_past_tritons_offsets(num_bytes):
         return f"kernels of {num_bytes} bytes are between 2 and 4 GiB"
     if dtype == jnp.int4:
         if rows_dtype not in (jnp.bfloat16, jnp.float16):

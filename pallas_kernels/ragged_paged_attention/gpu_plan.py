@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.platform import HOPPER, has_triton, is_hopper
+from pallas_kernels.platform import HOPPER, has_triton, is_hopper, is_past_tritons_offsets
 from pallas_kernels.ragged_paged_attention import scales
 
 TILE = 64  # rows of one wgmma; also the tokens of a block of keys
@@ -74,8 +74,7 @@ def triton_refusal(q_TNH, k_TKH, cache_PBCH, device_kind) -> str | None:
         return reason
     if not has_triton(device_kind):
         return f"{device_kind} is not a GPU of NVIDIA's with tensor cores for bfloat16, Ampere or newer"
-    if cache_PBCH.dtype.itemsize == 1 and 2**31 < cache_PBCH.size <= 2**32:
-        # Triton's offsets are int32 up to 4 GiB, which for bytes is more than they hold.
+    if cache_PBCH.dtype.itemsize == 1 and is_past_tritons_offsets(cache_PBCH.size):
         return f"pages of {cache_PBCH.size} bytes are between 2 and 4 GiB; take fewer or more"
     return None
 

@@ -73,16 +73,21 @@ def test_experts_compile_and_are_not_copied(name, tmp_path):
     assert kernel.spilled_bytes == 0 and kernel.registers <= 128 and kernel.shared_bytes <= 227 * 1024
 
 
+def attention_shapes(dtype, N, K, H, B, cache_dtype, T):
+    """Of the door's arrays: 64 rows of up to 64 pages, of 256 that there are."""
+    P, S, M = 256, 64, 64
+    array = jax.ShapeDtypeStruct
+    return [
+        *(array((T, heads, H), jnp.dtype(dtype)) for heads in (N, K, K)),
+        array(cache_shape(P, B, K, H, "gpu", cache_dtype), jnp.dtype(cache_dtype)),
+        *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]),
+    ]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_attention_compiles_and_writes_pages_in_place(name, tmp_path):
     N, K, H, B, dtype, T, is_kernel = CASES[name]
-    P, S, M = 256, 64, 64
-    array = jax.ShapeDtypeStruct
-    shapes = [
-        *(array((T, heads, H), jnp.bfloat16) for heads in (N, K, K)),
-        array(cache_shape(P, B, K, H, "gpu", dtype), jnp.dtype(dtype)),
-        *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]),
-    ]
+    shapes = attention_shapes("bfloat16", N, K, H, B, dtype, T)
     step = functools.partial(ragged_paged_attention, scale=0.1, **OPTIONS.get(name, {}))
     executable, _ = absent_gpu.compile_for_h100(step, shapes, donate=(3,), dump=tmp_path)
     assert ("mosaic_gpu" in executable.as_text()) == is_kernel
@@ -116,13 +121,7 @@ ON_AN_A100 = {
 @pytest.mark.parametrize("name", ON_AN_A100)
 def test_attention_compiles_for_gpus_before_hopper(name, tmp_path):
     dtype, N, K, H, B, cache_dtype, T = ON_AN_A100[name]
-    P, S, M = 256, 64, 64
-    array = jax.ShapeDtypeStruct
-    shapes = [
-        *(array((T, heads, H), jnp.dtype(dtype)) for heads in (N, K, K)),
-        array(cache_shape(P, B, K, H, "gpu", cache_dtype), jnp.dtype(cache_dtype)),
-        *(array(shape, jnp.int32) for shape in [(S,), (S, M), (S + 1,), (2,)]),
-    ]
+    shapes = attention_shapes(dtype, N, K, H, B, cache_dtype, T)
     step = functools.partial(ragged_paged_attention, scale=0.1, **OPTIONS.get(name, {}))
     executable, _ = absent_gpu.compile_for(absent_gpu.A100, step, shapes, donate=(3,), dump=tmp_path)
     assert executable.as_text().count('custom_call_target="__gpu$xla.gpu.triton"') == 2  # decodes, rows of any length
