@@ -32,9 +32,7 @@ def what_fits(config: EngineConfig, checkpoint: Checkpoint, place: Machine) -> s
 def size_for(config: EngineConfig, checkpoint: Checkpoint, place: Machine) -> int:
     """The tensor_parallel_size that uses most of a target's devices: all of them, or as many as divide the model."""
     most = max(1, len(place.devices) // config.data_parallel_size)
-    whole = config.enable_expert_parallel and mesh.mixture_of(checkpoint.config)
-    of_model = mesh.with_whole_experts(checkpoint.config) if whole else checkpoint.config
-    sizes = mesh.fitting_sizes(of_model, config.quantization)
+    sizes = mesh.fitting_sizes(_spread(config, checkpoint), config.quantization)
     return max((n for n in sizes if n <= most and n % place.num_hosts == 0), default=most)
 
 
@@ -42,7 +40,7 @@ def idle(config: EngineConfig, checkpoint: Checkpoint, place: Machine) -> list[s
     """Says which of a target's devices are not used, where nobody asked how many are."""
     there, size = len(place.devices), config.tensor_parallel_size
     used = size * config.data_parallel_size
-    reasons = mesh.misfits(checkpoint.config, there // config.data_parallel_size, config.quantization)
+    reasons = mesh.misfits(_spread(config, checkpoint), there // config.data_parallel_size, config.quantization)
     if used >= there or not reasons:
         return []
     more = there // size
@@ -50,12 +48,18 @@ def idle(config: EngineConfig, checkpoint: Checkpoint, place: Machine) -> list[s
     return [f"{used} of {there} devices are used, as more do not divide {' and '.join(reasons)}{hint}"]
 
 
+def _spread(config, checkpoint):
+    """The model's config as its experts are to be spread."""
+    whole = config.enable_expert_parallel and mesh.mixture_of(checkpoint.config)
+    return mesh.with_whole_experts(checkpoint.config) if whole else checkpoint.config
+
+
 def _wider(config, checkpoint, place) -> list[int]:
     """The smallest tensor_parallel_size above the asked one that holds the model on the devices that are here."""
     if place.platform == "cpu":  # its devices share one memory
         return []
     most = len(place.devices) // config.data_parallel_size
-    sizes = mesh.fitting_sizes(checkpoint.config, config.quantization)
+    sizes = mesh.fitting_sizes(_spread(config, checkpoint), config.quantization)
     wider = [n for n in sizes if config.tensor_parallel_size < n <= most]
     return [n for n in wider if _fits(dataclasses.replace(config, tensor_parallel_size=n), checkpoint, place)][:1]
 

@@ -15,7 +15,6 @@ Dimension key
     T  rows, sorted by expert     I  inputs     O  outputs     E  experts     G  kernels     N  tiles
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -24,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.xla import in_steps
+from pallas_kernels.grouped_matmul.tiles import Tiles
+from pallas_kernels.grouped_matmul.xla import experts_of, in_steps
 
 ROWS, FEW_ROWS = 64, 16  # of a tile
 LINE = 128  # bytes of inputs in a buffer: a swizzled line
@@ -52,49 +52,19 @@ def multiply(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_EO=None
     """See `pallas_kernels.grouped_matmul`; first is the number of expert 0's kernel. Padding rows hold anything."""
     (T, I), O = x_TI.shape, kernel_GOI.shape[1]
     turned = T <= FEW_ROWS * len(group_sizes_E)
-    tiles = _Tiles.of(group_sizes_E, T, FEW_ROWS if turned else ROWS)
+    rows, E = FEW_ROWS if turned else ROWS, len(group_sizes_E)
+    tiles, expert_T = Tiles.of(group_sizes_E, T, rows), experts_of(group_sizes_E, T)
+    # Each place's row, and each row's place; of padding any.
+    row_NR = jnp.clip(tiles.start_N[:, None] + jnp.arange(rows), 0, T - 1)
+    place_T = tiles.first_tile_E[expert_T] * rows + jnp.arange(T) - tiles.first_row_E[expert_T]
+    place_T = jnp.minimum(place_T, row_NR.size - 1)
     outputs = next(size for size in OUTPUTS if O % size == 0)
-    kernel_N = jnp.where(tiles.expert_N == NO_EXPERT, NO_EXPERT, tiles.expert_N + first).astype(jnp.int32)
+    kernel_N = jnp.where(tiles.expert_N < E, tiles.expert_N + first, NO_EXPERT).astype(jnp.int32)
     sums_dtype = out_dtype if scale_EO is None else jnp.int32
-    run = _kernel(*tiles.row_NR.shape, I, O, outputs, turned, x_TI.dtype, sums_dtype, interpret)
-    y = run(kernel_N, x_TI[tiles.row_NR.reshape(-1)], kernel_GOI)
-    y_TO = y[:, tiles.place_T].T if turned else y[tiles.place_T]
-    return in_steps(y_TO, tiles.expert_T, scale_EO, step_R1).astype(out_dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tiles:
-    """How rows lie in tiles.
-
-    Attributes:
-        expert_N: each tile's, or NO_EXPERT.
-        row_NR: the row that stands in each of a tile's places; past an expert's last any.
-        place_T: where each row stands among all tiles' places.
-        expert_T: whose each row is; of padding any.
-    """
-
-    expert_N: jax.Array
-    row_NR: jax.Array
-    place_T: jax.Array
-    expert_T: jax.Array
-
-    @classmethod
-    def of(cls, sizes_E, T, rows) -> "_Tiles":
-        """Args: rows: of a tile."""
-        E = len(sizes_E)
-        num_tiles = T // rows + min(E, T)  # each expert that has rows leaves one tile unfilled at most
-        tiles_E = -(-sizes_E // rows)
-        last_row_E, last_tile_E = jnp.cumsum(sizes_E), jnp.cumsum(tiles_E)
-        first_row_E, first_tile_E = last_row_E - sizes_E, last_tile_E - tiles_E
-        expert_of = lambda last_E, numbers: (last_E <= numbers[:, None]).sum(1, dtype=jnp.int32)
-        tile_N, row_T = jnp.arange(num_tiles, dtype=jnp.int32), jnp.arange(T, dtype=jnp.int32)
-        expert_N, expert_T = expert_of(last_tile_E, tile_N), jnp.minimum(expert_of(last_row_E, row_T), E - 1)
-        known_N = jnp.minimum(expert_N, E - 1)
-        start_N = first_row_E[known_N] + (tile_N - first_tile_E[known_N]) * rows
-        row_NR = jnp.clip(start_N[:, None] + jnp.arange(rows), 0, T - 1)
-        place_T = first_tile_E[expert_T] * rows + row_T - first_row_E[expert_T]
-        place_T = jnp.minimum(place_T, num_tiles * rows - 1)
-        return cls(jnp.where(expert_N < E, expert_N, NO_EXPERT), row_NR, place_T, expert_T)
+    run = _kernel(*row_NR.shape, I, O, outputs, turned, x_TI.dtype, sums_dtype, interpret)
+    y = run(kernel_N, x_TI[row_NR.reshape(-1)], kernel_GOI)
+    y_TO = y[:, place_T].T if turned else y[place_T]
+    return in_steps(y_TO, expert_T, scale_EO, step_R1).astype(out_dtype)
 
 
 # Layers share one trace of this, and so one lowering of the kernel.

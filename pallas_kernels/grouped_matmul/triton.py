@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.grouped_matmul.tiles import Tiles
 from pallas_kernels.grouped_matmul.xla import experts_of, in_steps
 from pallas_kernels.platform import is_past_tritons_offsets
 
@@ -56,7 +57,9 @@ def multiply(
     """See `pallas_kernels.grouped_matmul`; first is the number of expert 0's kernel. Padding rows hold anything."""
     (T, I), (_, O, _) = x_TI.shape, kernel_GOI.shape
     rows = FEW_ROWS if T <= FEW_ROWS * len(group_sizes_E) else ROWS
-    tiles_N3 = _tiles(group_sizes_E, first, T, rows)
+    tiles = Tiles.of(group_sizes_E, T, rows)
+    kernel_N = jnp.minimum(tiles.expert_N, len(group_sizes_E) - 1) + first
+    tiles_N3 = jnp.stack([kernel_N, tiles.start_N, tiles.end_N], axis=1).astype(jnp.int32)
     outputs = next(size for size in OUTPUTS if O % size == 0)
     if scale_GOJ is not None:
         inputs, block = [*_pairs(x_TI), _packed(kernel_GOI), scale_GOJ, offset_GOJ], 16 if I % 64 else 32
@@ -78,19 +81,6 @@ def multiply(
         name="grouped_matmul",
     )(tiles_N3, *inputs)
     return in_steps(y_TO, experts_of(group_sizes_E, T), scale_EO, step_R1).astype(out_dtype)
-
-
-def _tiles(sizes_E, first, T, rows):
-    """Each tile's kernel, first row and the row that its expert ends before: int32[N, 3]. Tiles of nobody end at 0."""
-    E = len(sizes_E)
-    tiles_E = -(-sizes_E // rows)
-    last_row_E, last_tile_E = jnp.cumsum(sizes_E), jnp.cumsum(tiles_E)
-    # Each expert that has rows leaves one tile unfilled at most.
-    tile_N = jnp.arange(T // rows + min(E, T), dtype=jnp.int32)
-    expert_N = jnp.minimum((last_tile_E <= tile_N[:, None]).sum(1, dtype=jnp.int32), E - 1)
-    start_N = (last_row_E - sizes_E)[expert_N] + (tile_N - (last_tile_E - tiles_E)[expert_N]) * rows
-    end_N = jnp.where(tile_N < last_tile_E[-1], last_row_E[expert_N], 0)
-    return jnp.stack([expert_N + first, start_N, end_N], axis=1).astype(jnp.int32)
 
 
 def _pairs(x_TI):

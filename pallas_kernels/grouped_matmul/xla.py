@@ -55,7 +55,9 @@ def in_steps(sums_RO, expert_R, scale_EO=None, step_R1=None):
 
 def experts_of(group_sizes_E, num_rows):
     """Whose each row is; of padding the last one's."""
-    expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(num_rows), side="right")
+    # All ends at once: bisecting would be a loop of gathers, which accelerators are slow at.
+    ends_E, row_R = jnp.cumsum(group_sizes_E), jnp.arange(num_rows)
+    expert_R = jnp.searchsorted(ends_E, row_R, side="right", method="compare_all")
     return jnp.minimum(expert_R, len(group_sizes_E) - 1)
 
 

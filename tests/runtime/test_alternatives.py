@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tiny
-from published import LLAMA, QWEN3
+from published import CONFIGS, LLAMA, QWEN3
 
 from converters.checkpoint import open_checkpoint
 from models.layers.stack import Stack
@@ -92,6 +92,17 @@ def test_a_target_is_used_as_far_as_it_divides_the_model(known, tmp_path):
     assert settled("v6e-8", data_parallel_size=2) == settled("v6e-4") == (4, []) == (settled("v5e-4"))
     assert settled("v6e-16") == (4, ["4 of 16 devices are used, as more do not divide 28 query heads"])
     assert settled("v6e-32") == (32, [])  # no size divides both the model and the hosts: refused, with the numbers
+
+
+def test_whole_experts_are_counted_and_not_their_units(known, tmp_path):
+    fields = CONFIGS["Qwen3-30B-A3B"] | {"num_attention_heads": 28, "moe_intermediate_size": 764}
+    checkpoint, config = opened(tmp_path, **fields), EngineConfig(model=str(tmp_path), tensor_parallel_size=4)
+    says = lambda whole: alternatives.idle(
+        dataclasses.replace(config, enable_expert_parallel=whole), checkpoint, known("v6e-16")
+    )
+    of_heads = "4 of 16 devices are used, as more do not divide 28 query heads"
+    assert says(True) == [of_heads]
+    assert says(False) == [f"{of_heads} and 764 feed-forward units of an expert"]
 
 
 def test_a_hundred_layers_are_traced_as_one(tmp_path, monkeypatch):

@@ -1,13 +1,21 @@
 """Attention over rows' whole histories in float64, and how far the roundings of a kernel may lead from it."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
+from quick_compile import quick_jit
 
-from pallas_kernels.ragged_paged_attention import scales
+from pallas_kernels.ragged_paged_attention import reference, scales
 
+SCALE = 0.2  # of every kernel's test
 FUNCTION = 8  # half units in the last place that exp, log and tanh may be off in float32
+
+
+@functools.cache
+def compiled_reference(soft_cap):
+    return quick_jit(functools.partial(reference.attend, scale=SCALE, soft_cap=soft_cap))
 
 
 @dataclasses.dataclass(frozen=True)

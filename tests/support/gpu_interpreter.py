@@ -7,12 +7,13 @@ import functools
 
 import exact_attention
 import jax.numpy as jnp
+from exact_attention import SCALE, compiled_reference
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from quick_compile import quick_jit
 
-from pallas_kernels.ragged_paged_attention import cache_shape, gpu, gpu_plan, reference
+from pallas_kernels.ragged_paged_attention import cache_shape, gpu, gpu_plan
 
-SCALE, SPLITS = 0.2, 2
+SPLITS = 2
 INTERPRET = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 
 
@@ -31,11 +32,6 @@ def reset():
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
-@functools.cache
-def compiled_reference(soft_cap):
-    return quick_jit(functools.partial(reference.attend, scale=SCALE, soft_cap=soft_cap))
 
 
 def assert_same(got, args, *, soft_cap=None, times=2, **options):

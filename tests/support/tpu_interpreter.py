@@ -9,12 +9,12 @@ import functools
 import exact_attention
 import jax.numpy as jnp
 import numpy as np
+from exact_attention import SCALE, compiled_reference
 from jax.experimental.pallas import tpu as pltpu
 from quick_compile import quick_jit
 
-from pallas_kernels.ragged_paged_attention import reference, tpu, tpu_plan
+from pallas_kernels.ragged_paged_attention import tpu, tpu_plan
 
-SCALE = 0.2
 INTERPRET = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan")
 SMALL = dict(decode_blocks=tpu_plan.Blocks(1, 32, 16), chunk_blocks=tpu_plan.Blocks(16, 32, 16))
 
@@ -26,11 +26,6 @@ def program(**static):
 
 compiled = functools.cache(program)
 reset = pltpu.reset_tpu_interpret_mode_state  # after a kernel that raised
-
-
-@functools.cache
-def compiled_reference(soft_cap):
-    return quick_jit(functools.partial(reference.attend, scale=SCALE, soft_cap=soft_cap))
 
 
 def assert_same(got, args, *, soft_cap=None, **options):

@@ -4,22 +4,18 @@ import functools
 
 import exact_attention
 import jax.numpy as jnp
+from exact_attention import SCALE, compiled_reference
 from quick_compile import quick_jit
 
-from pallas_kernels.ragged_paged_attention import gpu, gpu_plan, reference
+from pallas_kernels.ragged_paged_attention import gpu, gpu_plan
 
-SCALE, SPLITS = 0.2, 2
+SPLITS = 2
 
 
 def program(**static):
     """The kernel with these static options, to be called with a batch's arrays and the other options."""
     run = functools.partial(gpu.attend, scale=SCALE, splits=SPLITS, kernel="triton", interpret=True, **static)
     return quick_jit(run)
-
-
-@functools.cache
-def compiled_reference(soft_cap):
-    return quick_jit(functools.partial(reference.attend, scale=SCALE, soft_cap=soft_cap))
 
 
 def assert_same(got, args, *, soft_cap=None, **options):
