@@ -60,17 +60,17 @@ def multiply_int8(x_RI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_EO
 
 
 def multiply_int4(
-    x_RI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_GOJ, offset_GOJ, parts=1, interpret=False
+    x_RI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_GOJ, offset_GOJ, sums_RJ, parts=1, interpret=False
 ):
     """The same of int4 kernels and rows of bfloat16.
 
     Args:
+        sums_RJ: of each row's groups of inputs, see `pallas_kernels.int4_matmul.sums_of_groups`.
         parts: how many parts outputs have; scales and offsets of one lie side by side where that costs no copy.
     """
     R, (_, O, J) = len(x_RI), scale_GOJ.shape
     turned = lambda of_GOJ: of_GOJ.reshape(-1, O // parts, J).swapaxes(1, 2)
     place = lambda kernel, expert, part: kernel * parts + part
-    sums_RJ = x_RI.astype(jnp.float32).reshape(R, J, -1).sum(-1)
     add = _many if rows_of_tile(R, len(group_sizes_E), jnp.int4) == ROWS else _few
 
     def visit(x_ref, sums_ref, kernel_ref, scale_ref, offset_ref, sum_ref, step_ref):
