@@ -95,7 +95,11 @@ def grouped_matmul(
     if name == "tpu" and kernel.dtype == jnp.int4:
         scales["sums_RJ"] = own(sums_of_groups(x_TI, kernel_scale.shape[-1]))
         scales["parts"] = math.prod(out[:-1]) if out[-1] % 128 == 0 else 1
-    out_RO = IMPLEMENTATIONS[name](own(x_TI), kernel_GOI, group_sizes_E.astype(jnp.int32), first, out_dtype, **scales)
+    if name == "triton":  # it finds them
+        scales["token_R"] = token_R
+    else:
+        x_TI = own(x_TI)
+    out_RO = IMPLEMENTATIONS[name](x_TI, kernel_GOI, group_sizes_E.astype(jnp.int32), first, out_dtype, **scales)
     is_live_R = jnp.arange(R) < group_sizes_E.sum()
     return jnp.where(is_live_R[:, None], out_RO, 0)
 

@@ -1,15 +1,16 @@
 """Grouped matmul on a GPU other than Hopper's: a Triton kernel over tiles of rows of one expert each.
 
-A tile reads its rows from where they stand and writes their answers there, so nothing is laid out before or after;
-Triton's compiler makes asynchronous copies of the loads. Where experts have few rows each, as in decode steps, tiles
-have 16 rows, the least that tensor cores multiply. Products of int8 are exact sums of int32.
+A tile reads its rows where their tokens stand and writes their answers where they belong, so nothing is laid out before
+or after; Triton's compiler makes asynchronous copies of the loads. Where experts have few rows each, as in decode
+steps, tiles have 16 rows, the least that tensor cores multiply. Products of int8 are exact sums of int32.
 
 Of int4 two weights share a byte, and stay together on the way: even inputs are multiplied with the lower halves, odd
 ones with the upper. Weights become floats in registers.
 
 Compared with the grouped GEMM of Triton's tutorials, which finds each tile's expert by a loop inside the kernel.
 
-Dimension key as in gpu.py, and
+Dimension key
+    T  tokens     R  rows, sorted by expert     I  inputs     O  outputs     E  experts     G  kernels     N  tiles
     J  groups of an int4 kernel's inputs     X  inputs of a block, or pairs of them
 """
 
@@ -52,12 +53,18 @@ def refusal(rows_dtype, kernel_GOI, scale_GOJ=None) -> str | None:
 
 def multiply(
     x_TI, kernel_GOI, group_sizes_E, first, out_dtype,
-    *, scale_EO=None, step_R1=None, scale_GOJ=None, offset_GOJ=None, interpret=False,
+    *, token_R=None, scale_EO=None, step_R1=None, scale_GOJ=None, offset_GOJ=None, interpret=False,
 ):  # fmt: skip
-    """See `pallas_kernels.grouped_matmul`; first is the number of expert 0's kernel. Padding rows hold anything."""
+    """See `pallas_kernels.grouped_matmul`; first is the number of expert 0's kernel. Padding rows hold anything.
+
+    Args:
+        step_R1: of rows, as x_TI is of tokens.
+    """
     (T, I), (_, O, _) = x_TI.shape, kernel_GOI.shape
-    rows = FEW_ROWS if T <= FEW_ROWS * len(group_sizes_E) else ROWS
-    tiles = Tiles.of(group_sizes_E, T, rows)
+    token_R = jnp.arange(T, dtype=jnp.int32) if token_R is None else token_R.astype(jnp.int32)
+    R = len(token_R)
+    rows = FEW_ROWS if R <= FEW_ROWS * len(group_sizes_E) else ROWS
+    tiles = Tiles.of(group_sizes_E, R, rows)
     kernel_N = jnp.minimum(tiles.expert_N, len(group_sizes_E) - 1) + first
     tiles_N3 = jnp.stack([kernel_N, tiles.start_N, tiles.end_N], axis=1).astype(jnp.int32)
     outputs = next(size for size in OUTPUTS if O % size == 0)
@@ -70,17 +77,17 @@ def multiply(
         block, pairs_of_group = next(width for width in widths if I % width == 0), 0
     sums_dtype = out_dtype if scale_EO is None else jnp.int32
     tile = _Tile(rows, outputs, block, pairs_of_group)
-    y_TO = pl.pallas_call(
+    y_RO = pl.pallas_call(
         tile.body,
         grid=(len(tiles_N3), O // outputs),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(inputs)),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (2 + len(inputs)),
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        out_shape=jax.ShapeDtypeStruct((T, O), sums_dtype),
+        out_shape=jax.ShapeDtypeStruct((R, O), sums_dtype),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=STAGES),
         interpret=interpret,
         name="grouped_matmul",
-    )(tiles_N3, *inputs)
-    return in_steps(y_TO, experts_of(group_sizes_E, T), scale_EO, step_R1).astype(out_dtype)
+    )(tiles_N3, token_R, *inputs)
+    return in_steps(y_RO, experts_of(group_sizes_E, R), scale_EO, step_R1).astype(out_dtype)
 
 
 def _pairs(x_TI):
@@ -110,19 +117,20 @@ class _Tile:
     block: int
     pairs_of_group: int
 
-    def body(self, tiles, *refs):
+    def body(self, tiles, tokens, *refs):
         *inputs, out = refs
         tile, column = pl.program_id(0), pl.program_id(1)
         number, start, end = (plt.load(tiles.at[tile, jnp.int32(i)]) for i in range(3))
         row_R = start + jnp.arange(self.rows, dtype=jnp.int32)
         output_O = column * self.outputs + jnp.arange(self.outputs, dtype=jnp.int32)
         is_mine_R1 = (row_R < end)[:, None]
+        token_R = plt.load(tokens.at[row_R], mask=row_R < end, other=0)
         product = self.of_int4 if self.pairs_of_group else self.of_floats
         num_inputs = inputs[0].shape[1]
 
         def add(step, sums_RO):
             input_X = step * self.block + jnp.arange(self.block, dtype=jnp.int32)
-            return sums_RO + product(row_R, is_mine_R1, number, output_O, input_X, *inputs)
+            return sums_RO + product(token_R, is_mine_R1, number, output_O, input_X, *inputs)
 
         is_int = jnp.issubdtype(inputs[0].dtype, jnp.integer)
         nothing = jnp.zeros((self.rows, self.outputs), jnp.int32 if is_int else jnp.float32)
@@ -131,12 +139,12 @@ class _Tile:
         at = out.at[row_R[:, None], output_O[None]]
         plt.store(at, sums_RO.astype(out.dtype), mask=jnp.broadcast_to(is_mine_R1, sums_RO.shape))
 
-    def of_floats(self, row_R, is_mine_R1, number, output_O, input_X, x, kernel):
-        x_RX = plt.load(x.at[row_R[:, None], input_X[None]], mask=is_mine_R1, other=0)
+    def of_floats(self, token_R, is_mine_R1, number, output_O, input_X, x, kernel):
+        x_RX = plt.load(x.at[token_R[:, None], input_X[None]], mask=is_mine_R1, other=0)
         kernel_OX = plt.load(kernel.at[number, output_O[:, None], input_X[None]])
         return dot(x_RX, kernel_OX)
 
-    def of_int4(self, row_R, is_mine_R1, number, output_O, input_X, even, odd, kernel, scale, offset):
+    def of_int4(self, token_R, is_mine_R1, number, output_O, input_X, even, odd, kernel, scale, offset):
         bytes_OX = plt.load(kernel.at[number, output_O[:, None], input_X[None]]).astype(jnp.int32)
         group_X = lax.div(input_X, self.pairs_of_group)
         scale_OX, offset_OX = (
@@ -146,7 +154,7 @@ class _Tile:
         halves = (bytes_OX << 28) >> 28, (bytes_OX << 24) >> 28
         total = 0
         for x, half_OX in zip((even, odd), halves, strict=True):
-            x_RX = plt.load(x.at[row_R[:, None], input_X[None]], mask=is_mine_R1, other=0)
+            x_RX = plt.load(x.at[token_R[:, None], input_X[None]], mask=is_mine_R1, other=0)
             total += dot(x_RX, (half_OX.astype(jnp.float32) * scale_OX + offset_OX).astype(x_RX.dtype))
         return total
 

@@ -138,7 +138,8 @@ def _penalise(logits_SV, *, knobs, tables, slots_S, history_XU):
     count_SV = (counts_SV & (IN_PROMPT - 1)).astype(jnp.float32)
     repetition_S1 = jnp.where(_repeats_S(knobs), knobs.repetition_S, 1.0)[:, None]
     repeated_SV = jnp.where(logits_SV > 0, logits_SV / repetition_S1, logits_SV * repetition_S1)
-    logits_SV = jnp.where(counts_SV > 0, repeated_SV, logits_SV)
+    # Not "> 0": those zeros would be taken for the ones that counting starts from, and be kept beside the counts.
+    logits_SV = jnp.where(counts_SV >= 1, repeated_SV, logits_SV)
     return logits_SV - knobs.frequency_S[:, None] * count_SV - knobs.presence_S[:, None] * (count_SV > 0)
 
 

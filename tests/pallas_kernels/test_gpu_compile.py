@@ -160,6 +160,21 @@ def test_experts_compile_for_gpus_before_hopper(name, tmp_path):
     assert kernel.spilled_bytes == 0 and kernel.shared_bytes <= 99 * 1024
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_rows_of_experts_are_read_where_tokens_stand(dtype):
+    T, R, E, O, I = 2048, 16384, 128, 1536, 2048
+    array = jax.ShapeDtypeStruct
+    shapes = [array((T, I), jnp.bfloat16), array((E, O, I), dtype), array((E,), jnp.int32), array((R,), jnp.int32)]
+    shapes += [array((E, O, I // 32), jnp.bfloat16)] * 2 if dtype == "int4" else []
+
+    def multiply(x_TI, kernel, sizes_E, token_R, *scales):
+        options = dict(zip(("kernel_scale", "kernel_offset"), scales, strict=False))
+        return grouped_matmul(x_TI, kernel, sizes_E, token_R=token_R, out_dtype=jnp.bfloat16, **options)
+
+    executable, _ = absent_gpu.compile_for(absent_gpu.A100, multiply, shapes)
+    assert executable.memory_analysis().temp_size_in_bytes < 2 * R * O + 2 * T * 2 * I  # answers, and tokens
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "int8"])
 def test_keys_and_values_are_written_in_place_by_one_kernel(dtype, tmp_path):
     """And by plain stores: XLA would write by compare-and-swap where two tokens might go to one place."""

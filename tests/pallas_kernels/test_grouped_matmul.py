@@ -196,9 +196,11 @@ def test_int4_experts_are_found_among_those_of_other_layers(implementation):
 def test_experts_are_found_among_those_of_other_layers(implementation):
     (x, kernels, sizes), expected = batch(SIZES["padding rows"])
     others = jnp.full_like(kernels, jnp.nan)
-    found = grouped_matmul(
-        x, jnp.concatenate([others, kernels, others]), sizes, first=jnp.int32(4), implementation=implementation
-    )
+    options = {"first": jnp.int32(4), "implementation": implementation}
+    stack = jnp.concatenate([others, kernels, others])
+    np.testing.assert_allclose(grouped_matmul(x, stack, sizes, **options), expected, atol=1e-5)
+    order = np.random.default_rng(1).permutation(len(x))
+    found = grouped_matmul(x[np.argsort(order)], stack, sizes, token_R=order, **options)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
