@@ -43,6 +43,7 @@ def multiply(x_TI, kernel_OI, scale_OJ, offset_OJ, *, out_dtype=jnp.float32, int
     """
     T, (O, J), C = len(x_TI), scale_OJ.shape, kernel_OI.shape[1] // LANES
     x_TI = jnp.pad(x_TI, ((0, -T % (16 if T <= MOST_ROWS else MOST_ROWS)), (0, 0)))
+    sums_TJ = x_TI.astype(jnp.float32).reshape(len(x_TI), J, -1).sum(-1)
     outs, Q = _divisor(O, 512), J // C
     rows, x = min(len(x_TI), MOST_ROWS), x_TI
     if T <= FEW:
@@ -51,11 +52,9 @@ def multiply(x_TI, kernel_OI, scale_OJ, offset_OJ, *, out_dtype=jnp.float32, int
         x_CQTL = jnp.where(mine_QL[:, None], x_TI.reshape(rows, C, 1, LANES).transpose(1, 2, 0, 3), 0)
         x, chunks, add = x_CQTL.reshape(C, Q * rows, LANES), _divisor(C, 16), _few
         x_block = pl.BlockSpec((chunks, Q * rows, LANES), lambda t, o, c: (c, 0, 0))
-        sums_TJ = x_TI.astype(jnp.float32).reshape(len(x_TI), J, -1).sum(-1)
     else:
         chunks, add = _divisor(C, 8), _many
         x_block = pl.BlockSpec((rows, chunks * LANES), lambda t, o, c: (t, c))
-        sums_TJ = sums_of_groups(x_TI, J)
     groups, width = chunks * Q, min(J, LANES)
 
     def body(x_ref, sums_ref, kernel_ref, scale_ref, offset_ref, y_ref, sum_ref):
@@ -93,14 +92,6 @@ def multiply(x_TI, kernel_OI, scale_OJ, offset_OJ, *, out_dtype=jnp.float32, int
         interpret=interpret,
         name=f"int4_matmul{add.__name__}",
     )(x, sums_TJ, kernel_OI, scale_OJ, offset_OJ)[:T]
-
-
-def sums_of_groups(x_TI, J):
-    """Each group's sum of inputs, of many tokens: float32 `[T, J]`."""
-    # As a product: groups are no whole lanes, so that XLA would lay out all inputs anew, in float32, to add them up.
-    I = x_TI.shape[1]
-    is_own_IJ = jnp.arange(I)[:, None] * J // I == jnp.arange(J)
-    return jnp.dot(x_TI, is_own_IJ.astype(x_TI.dtype), preferred_element_type=jnp.float32)
 
 
 def _few(sum_ref, x_ref, kernel_ref, scale_BW, first, Q):

@@ -10,6 +10,8 @@ import gc
 import os
 from pathlib import Path
 
+import pytest
+
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,6 +30,23 @@ LONGEST = """
     test_quantised_engines test_choose test_examples test_random_requests test_quantise test_replicas test_formats
     test_packaging test_kept_weights test_starts_at_once test_steps test_grouped_matmul
 """.split()
+
+
+def pytest_configure(config):
+    """Programs of the fast tests run a few times: XLA compiles them in a hurry, unless a test asks for more."""
+    from quick_compile import QUICK  # imports jax, which reads what is set above
+
+    if "not slow" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", QUICK)
+
+
+@pytest.fixture(scope="module")
+def fully_compiled():
+    """Of a module whose engines promise the same tokens in every company: they hold in such programs as users have."""
+    import quick_compile
+
+    with quick_compile.fully_compiled():
+        yield
 
 
 def pytest_collection_modifyitems(config, items):

@@ -114,7 +114,9 @@ def _cache_home() -> pathlib.Path:
 def _fingerprint() -> str:
     """Names the sources, the compilers and the CPU."""
     cpu = cpu_target.target_context.codegen().magic_tuple()
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.binding.llvm_version_info} {cpu}".encode())
+    digest = hashlib.sha256(
+        f"{numba.__version__} {llvmlite.binding.llvm_version_info} {cpu} {numba.config.OPT}".encode()
+    )
     for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

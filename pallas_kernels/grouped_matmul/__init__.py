@@ -21,7 +21,6 @@ from jax import lax
 
 from pallas_kernels import cpu, panels
 from pallas_kernels.grouped_matmul.xla import ragged_dot, reference
-from pallas_kernels.int4_matmul import sums_of_groups
 from pallas_kernels.linear import rounded_tokens
 from pallas_kernels.platform import current_device_kind, current_platform, has_triton, is_hopper
 
@@ -93,7 +92,9 @@ def grouped_matmul(
         kernel_GOI = panels.unpack(kernel_GOI)
         scales |= {key: panels.unpack(scales[key], 1) for key in ("scale_GOJ", "offset_GOJ") if key in scales}
     if name == "tpu" and kernel.dtype == jnp.int4:
-        scales["sums_RJ"] = own(sums_of_groups(x_TI, kernel_scale.shape[-1]))
+        from pallas_kernels.grouped_matmul import tpu
+
+        scales["sums_RJ"] = own(tpu.sums_of_groups(x_TI, kernel_scale.shape[-1]))
         scales["parts"] = math.prod(out[:-1]) if out[-1] % 128 == 0 else 1
     if name == "triton":  # it finds them
         scales["token_R"] = token_R

@@ -65,7 +65,7 @@ def multiply_int4(
     """The same of int4 kernels and rows of bfloat16.
 
     Args:
-        sums_RJ: of each row's groups of inputs, see `pallas_kernels.int4_matmul.sums_of_groups`.
+        sums_RJ: of each row's groups of inputs, see sums_of_groups.
         parts: how many parts outputs have; scales and offsets of one lie side by side where that costs no copy.
     """
     R, (_, O, J) = len(x_RI), scale_GOJ.shape
@@ -82,6 +82,14 @@ def multiply_int4(
     of_rows, of_outs = (x_RI, sums_RJ), ((turned(scale_GOJ), place), (turned(offset_GOJ), place))
     options = {"parts": parts, "scratch": J, "interpret": interpret}
     return _run(visit, of_rows, kernel_GOI, of_outs, group_sizes_E, first, out_dtype, **options)
+
+
+def sums_of_groups(x_TI, J):
+    """Each group's sum of inputs: float32 `[T, J]`."""
+    # As a product: groups are no whole lanes, so that XLA would lay out all inputs anew, in float32, to add them up.
+    I = x_TI.shape[1]
+    is_own_IJ = jnp.arange(I)[:, None] * J // I == jnp.arange(J)
+    return jnp.dot(x_TI, is_own_IJ.astype(x_TI.dtype), preferred_element_type=jnp.float32)
 
 
 def _run(

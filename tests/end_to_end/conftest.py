@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import tiny
 from live_server import LiveServer
+from quick_compile import fully_compiled
 
 from openai_api.config import ServerConfig
 from runtime.async_engine import AsyncEngine
@@ -12,8 +13,9 @@ from runtime.config import EngineConfig
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    folder = tiny.make_checkpoint("llama", tmp_path_factory.mktemp("model"))
+def server(tmp_path_factory, worker_id):
+    folder, base = tiny.make_checkpoint("llama", tmp_path_factory.mktemp("model")), tmp_path_factory.getbasetemp()
+    steps = base / "steps" if worker_id == "master" else base.parent / "steps"  # of all processes
     config = EngineConfig(
         model=str(folder),
         dtype="float32",
@@ -22,9 +24,10 @@ def server(tmp_path_factory):
         block_size=4,
         num_gpu_blocks_override=400,  # fewer than 16 long rows need, so that some are preempted
         scheduling_policy="priority",
-        cache_dir="",
+        cache_dir=str(steps),
     )
-    engine = AsyncEngine.start(config)
+    with fully_compiled():
+        engine = AsyncEngine.start(config)
     flags = ServerConfig(
         served_names=["tiny"],
         enable_auto_tool_choice=True,

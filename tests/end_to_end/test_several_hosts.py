@@ -170,9 +170,11 @@ def entries_of(*folders):
     return {entry: entry.stat().st_mtime_ns for entry in found}
 
 
-def test_hosts_find_the_weights_that_each_of_them_kept_or_convert_all_anew(tmp_path, checkpoint, alone):
+def test_hosts_find_the_weights_that_each_of_them_kept_or_convert_all_anew(tmp_path, folder, checkpoint, pair, alone):
     """Each in a folder of its own. One host's entry is then gone, then damaged; a sound one is left as it is."""
     caches = [tmp_path / "one", tmp_path / "two"]
+    for cache in caches:  # what the pair compiled: these are about weights
+        shutil.copytree(folder / "cache" / "steps", cache / "steps")
     made, unused = {}, "the weights that are kept here are not used: another host"
 
     def start(*says):

@@ -15,6 +15,8 @@ from runtime.request import Prompt
 from runtime.seeds import Seeds
 from runtime.step_state import FAULTY
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
+
 VOCAB = tiny.FAMILIES["llama"]["vocab_size"]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1.0, seed=11, top_p=0.9, top_k=40, max_tokens=24, ignore_eos=True)

@@ -11,6 +11,8 @@ from runtime.engine import Engine
 from runtime.params import SamplingParams
 from runtime.request import Prompt
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
+
 # Scales beside keys and none; layers in a list and stacked; groups of 32 inputs and of 16.
 KINDS = {
     "float": {},

@@ -18,6 +18,8 @@ from runtime.params import SamplingParams
 from runtime.request import Prompt
 from runtime.speculation import Speculation
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
+
 VOCAB = tiny.VOCAB_SIZE
 DRAFTS, STEPS, MAX_ROWS = 3, 4, 2
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)

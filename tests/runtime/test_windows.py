@@ -15,6 +15,8 @@ from runtime.params import SamplingParams
 from runtime.request import Prompt
 from runtime.step_state import COUNT
 
+pytestmark = pytest.mark.usefixtures("fully_compiled")
+
 VOCAB, EOS = tiny.VOCAB_SIZE, tiny.IM_END
 STEPS = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=26, ignore_eos=True)
