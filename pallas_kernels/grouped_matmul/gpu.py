@@ -50,9 +50,9 @@ def refusal(rows_dtype, kernel_GOI) -> str | None:
 
 def multiply(x_TI, kernel_GOI, group_sizes_E, first, out_dtype, *, scale_EO=None, step_R1=None, interpret=False):
     """See `pallas_kernels.grouped_matmul`; first is the number of expert 0's kernel. Padding rows hold anything."""
-    (T, I), O = x_TI.shape, kernel_GOI.shape[1]
-    turned = T <= FEW_ROWS * len(group_sizes_E)
-    rows, E = FEW_ROWS if turned else ROWS, len(group_sizes_E)
+    (T, I), O, E = x_TI.shape, kernel_GOI.shape[1], len(group_sizes_E)
+    turned = T <= FEW_ROWS * E
+    rows = FEW_ROWS if turned else ROWS
     tiles, expert_T = Tiles.of(group_sizes_E, T, rows), experts_of(group_sizes_E, T)
     # Each place's row, and each row's place; of padding any.
     row_NR = jnp.clip(tiles.start_N[:, None] + jnp.arange(rows), 0, T - 1)

@@ -62,10 +62,10 @@ def multiply(
     """
     (T, I), (_, O, _) = x_TI.shape, kernel_GOI.shape
     token_R = jnp.arange(T, dtype=jnp.int32) if token_R is None else token_R.astype(jnp.int32)
-    R = len(token_R)
-    rows = FEW_ROWS if R <= FEW_ROWS * len(group_sizes_E) else ROWS
+    R, E = len(token_R), len(group_sizes_E)
+    rows = FEW_ROWS if R <= FEW_ROWS * E else ROWS
     tiles = Tiles.of(group_sizes_E, R, rows)
-    kernel_N = jnp.minimum(tiles.expert_N, len(group_sizes_E) - 1) + first
+    kernel_N = jnp.minimum(tiles.expert_N, E - 1) + first
     tiles_N3 = jnp.stack([kernel_N, tiles.start_N, tiles.end_N], axis=1).astype(jnp.int32)
     outputs = next(size for size in OUTPUTS if O % size == 0)
     if scale_GOJ is not None:
