@@ -107,7 +107,7 @@ def build(
     # All or none: what is compiled beside restored programs must not be written, see above.
     restores = may_restore and bool(kept) and machine.is_here and kept.is_complete
     if kept and not restores and (difference := kept.nearest()):
-        log.info("compiling for what is here; the steps of this model that are kept differ in: %s", difference)
+        log.info("compiling; the steps of this model that are kept differ in: %s", difference)
     table, loaded = {}, 0
     choice = choice or formats.Choice()
     in_order = sorted(programs, key=lambda key: not programs[key].chooses)  # so that none waits for what has not begun
