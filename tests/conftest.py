@@ -34,9 +34,9 @@ LONGEST = """
 
 def pytest_configure(config):
     """Programs of the fast tests run a few times: XLA compiles them in a hurry, unless a test asks for more."""
-    from quick_compile import QUICK  # imports jax, which reads what is set above
-
     if "not slow" in config.option.markexpr:
+        from quick_compile import QUICK  # imports jax, which reads what is set above, and which clients do not have
+
         os.environ.setdefault("XLA_FLAGS", QUICK)
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,11 @@ def test_no_package_hides_the_standard_library():
 def test_files_that_take_longest_are_there():
     longest = runpy.run_path(str(ROOT / "tests" / "conftest.py"))["LONGEST"]
     assert not set(longest) - {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def test_other_peoples_clients_are_tried_without_jax():
+    """Their environments have what a client needs, and read tests/conftest.py too."""
+    run = "import sys; sys.modules['jax'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-m", "clients", "-o", "addopts=", "-p", "no:cacheprovider", "--collect-only"]
+    done = subprocess.run([sys.executable, "-c", run, *options, __file__], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
